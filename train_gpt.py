@@ -17,12 +17,14 @@ import time
 START = time.monotonic()  # the track's clock starts before the imports, which take seconds
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
 import math
 import os
+import pickle
 import platform
 import resource
 import shutil
@@ -747,11 +749,11 @@ def save_tensors(run, kind, number, content):
         old.unlink()
 
 def load_tensors(path):
-    """What save_tensors wrote, or None where the file is damaged."""
+    """What save_tensors wrote, or None where the file is damaged or was never one. Unpickles nothing but tensors and numbers."""
     data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest()[:16] != path.name.split(".")[-2]:
-        return None
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    if hashlib.sha256(data).hexdigest()[:16] == path.name.split(".")[-2]:
+        with contextlib.suppress(RuntimeError, pickle.UnpicklingError, EOFError):
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 def save_state(run, p, optimizer, progress, log, m):
     """Everything that training needs to go on as if it had never stopped. progress: step, seconds on the track's clock over
@@ -933,11 +935,9 @@ def compile_all(p, loader, total, c, m, bos_id):
             w.grad = None
     return time.monotonic() - began
 
-def train(c, run, m, meta, asked_to_stop, steps):
-    """Train a run from its last checkpoint, or from the start. Returns (weights, Progress, number of steps, Log)."""
+def train(c, run, m, meta, loader, val_tokens, asked_to_stop, steps):
+    """Train a run from its last checkpoint, or from the start. Returns (weights, progress, number of steps, Log)."""
     bos_id = meta["bos_id"]
-    train_tokens, val_tokens = (read_shard(data_folder(c) / f, meta["vocab_size"], meta["sha256"][f]) for f in ("train.bin", "val.bin"))
-    loader = Loader(train_tokens, bos_id, c, m.rank, m.world_size)
     total = min(loader.steps, steps or loader.steps)
     p = {name: w.to(m.device).requires_grad_() for name, w in init_params(c, meta["vocab_size"]).items()}
     optimizer = MuonAdamW(p, c, m)
@@ -984,12 +984,11 @@ def train(c, run, m, meta, asked_to_stop, steps):
             raise Stop(f"stopped at step {step + 1}/{total} and saved; go on with: python {SCRIPT} --resume {run}", 130)
     return p, progress, total, log
 
-def finish(p, progress, total, log, c, run, m, meta, steps):
+def finish(p, progress, total, log, c, run, m, meta, val_tokens, steps):
     """After the clock: save the final weights, score them, write the record."""
     if m.rank == 0:
         save_tensors(run, "weights", 0, {name: w.detach().cpu() for name, w in p.items()})
     end, vocab_size = phase_schedule(1.0, c), meta["vocab_size"]
-    val_tokens = read_shard(data_folder(c) / "val.bin", vocab_size, meta["sha256"]["val.bin"])
     nll = stream_nll(p, val_tokens[None], c, m, meta["bos_id"], end)
     if m.rank > 0:
         return
@@ -1020,14 +1019,15 @@ def finish(p, progress, total, log, c, run, m, meta, steps):
 
 def train_command(given, args):
     """A new run, or the rest of one."""
-    if args.resume:
-        run, (c, steps, meta) = args.resume, read_run(args.resume)
+    world_size, run, steps = int(os.environ.get("WORLD_SIZE", 1)), args.resume, args.steps
+    if run:
+        c, steps, meta = read_run(run)
+        check_config(c, world_size)
         if (run / "record.json").exists():
             raise Stop(f"--resume {run}: this run is finished, its score is in record.json")
-        check_config(c, int(os.environ.get("WORLD_SIZE", 1)))
         m = setup_machine(c, args)
     else:
-        c, steps = make_config(given, int(os.environ.get("WORLD_SIZE", 1))), args.steps
+        c = make_config(given, world_size)
         m = setup_machine(c, args)
         c = dataclasses.replace(c, dtype="bf16" if m.dtype == torch.bfloat16 else "fp32")  # a resumed run must not choose anew
         meta = read_meta(c, m)
@@ -1035,9 +1035,11 @@ def train_command(given, args):
         if m.world_size > 1:
             dist.broadcast_object_list(names, src=0, device=m.device)  # the clocks of the ranks may differ
         run = Path(names[0])
-        if m.rank == 0:
-            run.mkdir(parents=True, exist_ok=True)
-            write_file(run / "config.json", json.dumps({"config": dataclasses.asdict(c), "steps": steps, "data": meta}, indent=1).encode())
+    train_tokens, val_tokens = (read_shard(data_folder(c) / f, meta["vocab_size"], meta["sha256"][f]) for f in ("train.bin", "val.bin"))
+    loader = Loader(train_tokens, meta["bos_id"], c, m.rank, m.world_size)
+    if m.rank == 0 and not args.resume:
+        run.mkdir(parents=True, exist_ok=True)
+        write_file(run / "config.json", json.dumps({"config": dataclasses.asdict(c), "steps": steps, "data": meta}, indent=1).encode())
     asked_to_stop = []
 
     def note(number, frame):
@@ -1046,9 +1048,9 @@ def train_command(given, args):
         asked_to_stop.append(number)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
-    trained = train(c, run, m, meta, asked_to_stop, steps)
+    trained = train(c, run, m, meta, loader, val_tokens, asked_to_stop, steps)
     asked_to_stop.append(None)
-    finish(*trained, c, run, m, meta, steps)
+    finish(*trained, c, run, m, meta, val_tokens, steps)
 
 # ---- main -------------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,196 @@
+"""Shards, splits, and the loader's promises."""
+import json
+
+import numpy as np
+import pytest
+
+import train_gpt as t
+from conftest import TINY, tokens_of
+from data import prepare
+
+BOS = 256
+
+
+def made_up_lengths(n, seed=0, longest=300):
+    """Lengths of n documents."""
+    return [int(x) for x in np.random.default_rng(seed).integers(2, longest, n)]
+
+
+def loader_of(lengths, rank=0, world_size=1, **changes):
+    rng = np.random.default_rng(7)
+    tokens = np.concatenate([[BOS, *rng.integers(0, 256, n - 1)] for n in lengths]).astype(np.uint16)
+    c = t.Config(**(TINY | dict(train_tokens=len(tokens)) | changes))
+    return t.Loader(tokens, BOS, c, rank, world_size), tokens, c
+
+
+def epoch_stream(loader, epoch):
+    """The epoch's stream, put together from its rows by their place."""
+    loader.start_epoch(epoch)
+    return np.concatenate([loader.row(i)[:loader.T] for i in range(loader.rows_per_epoch)] + [loader.row(loader.rows_per_epoch - 1)[loader.T:]])
+
+
+def test_an_epoch_is_every_document_once():
+    loader, tokens, _ = loader_of(made_up_lengths(60))
+    documents = sorted(tuple(d) for d in np.split(tokens, np.flatnonzero(tokens == BOS)[1:]))
+    for epoch in (0, 1):
+        stream = epoch_stream(loader, epoch)
+        assert len(stream) == len(tokens)
+        assert sorted(tuple(d) for d in np.split(stream, np.flatnonzero(stream == BOS)[1:])) == documents
+
+
+def test_every_token_is_a_target_once_per_epoch():
+    """Counted over the batches of three epochs, which do not divide into batches: all but each epoch's first token."""
+    loader, tokens, _ = loader_of(made_up_lengths(60), epochs=3.0)
+    batches = -(-3 * loader.rows_per_epoch // loader.batch_rows)
+    x, y, counts = zip(*(loader.batch(s) for s in range(batches)))
+    x, y = np.concatenate([a.numpy() for a in x]), np.concatenate([b.numpy() for b in y])
+    assert all(int((b >= 0).sum()) == n for b, n in zip(np.split(y, batches), counts))
+    assert (y[:, :-1] == x[:, 1:])[y[:, 1:] >= 0].all()  # targets are the inputs, one later
+    for epoch in range(3):
+        rows = y[epoch * loader.rows_per_epoch:(epoch + 1) * loader.rows_per_epoch]
+        seen = np.bincount(rows[rows >= 0], minlength=257)
+        missing = np.bincount(tokens, minlength=257) - seen
+        assert missing[BOS] == 1 and missing.sum() == 1
+
+
+def test_nothing_beyond_the_budget():
+    """Whatever lies behind the budget in the shard, the batches are the same."""
+    loader, tokens, c = loader_of(made_up_lengths(30))
+    longer = np.concatenate([tokens, np.full(5000, 77, np.uint16)])
+    other = t.Loader(longer, BOS, c)
+    assert other.steps == loader.steps
+    for step in range(loader.steps + 2):
+        assert all((a == b).all() for a, b in zip(loader.batch(step)[:2], other.batch(step)[:2]))
+
+
+def test_epochs_and_seeds_differ_and_repeat():
+    loader, _, c = loader_of(made_up_lengths(40))
+    again, _, _ = loader_of(made_up_lengths(40))
+    other, _, _ = loader_of(made_up_lengths(40), seed=1)
+    assert (epoch_stream(loader, 0) == epoch_stream(again, 0)).all()
+    assert (epoch_stream(loader, 0) != epoch_stream(loader, 1)).any() and (epoch_stream(loader, 0) != epoch_stream(other, 0)).any()
+
+
+def test_any_step_without_those_before():
+    """What resuming relies on: steps asked for in any order give the same batches."""
+    loader, _, _ = loader_of(made_up_lengths(60), epochs=3.0)
+    fresh, _, _ = loader_of(made_up_lengths(60), epochs=3.0)
+    in_order = [loader.batch(s)[:2] for s in range(loader.steps)]
+    for step in (loader.steps - 1, 0, loader.steps // 2):
+        assert all((a == b).all() for a, b in zip(in_order[step], fresh.batch(step)[:2]))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_a_batch(world_size):
+    whole, _, _ = loader_of(made_up_lengths(60))
+    parts = [loader_of(made_up_lengths(60), rank, world_size)[0] for rank in range(world_size)]
+    for step in (0, whole.steps):
+        x, y, n = whole.batch(step)
+        shares = [part.batch(step) for part in parts]
+        assert (np.concatenate([s[0] for s in shares]) == x.numpy()).all() and (np.concatenate([s[1] for s in shares]) == y.numpy()).all()
+        assert {s[2] for s in shares} == {n}
+
+
+def test_rows_start_at_documents_where_they_can():
+    """Many short documents: most rows end with a document and the next begins with one. Plain concatenation gets about
+    one in `mean length`."""
+    loader, _, _ = loader_of(made_up_lengths(3000, longest=60))
+    loader.start_epoch(0)
+    starts = sum(loader.row(i)[0] == BOS for i in range(loader.rows_per_epoch))
+    assert starts / loader.rows_per_epoch > 0.8
+
+
+def test_steps_follow_from_epochs():
+    loader, tokens, c = loader_of(made_up_lengths(60), epochs=2.5)
+    assert loader.steps == int(2.5 * -(-(len(tokens) - 1) // c.seq_len)) // (c.batch_tokens // c.seq_len)
+
+
+# ---- prepare.py
+
+def test_byte_tokenizer():
+    e = prepare.get_encoding("bytes")
+    text = "héllo\n\tworld 🙂 <|endoftext|>"
+    assert e.encode_ordinary(text) == list(text.encode()) and e.decode(list(text.encode())) == text
+    assert (e.n_vocab, e.eot_token) == (257, 256)
+
+
+def test_splits_begin_at_documents():
+    texts = {str(i): chr(97 + i) * (10 + i) for i in range(20)}
+    splits = prepare.encode_documents(list(texts), texts.__getitem__, prepare.get_encoding("bytes"), {"val": 25, "test": 30, "train": 1000}, "x")
+    assert (len(splits["val"]), len(splits["test"])) == (25, 30)
+    assert bytes(splits["val"][splits["val"] != BOS].astype(np.uint8)) == b"a" * 10 + b"b" * 11 + b"c" * 1  # c is cut, its rest is dropped
+    assert splits["test"][0] == splits["train"][0] == BOS and splits["test"][1] == ord("d")
+    assert sum(len(s) for s in splits.values()) == 25 + 30 + sum(1 + 10 + i for i in range(20) if i > 5)
+
+
+def test_shard_is_what_llm_c_writes(tiny_data):
+    """Header of 256 little-endian int32: magic, version, length; then uint16."""
+    raw = (tiny_data / "train.bin").read_bytes()
+    header = np.frombuffer(raw[:1024], "<i4")
+    assert list(header[:4]) == [20240520, 1, 30_000, 0] and not header[4:].any() and len(raw) == 1024 + 60_000
+    meta = json.loads((tiny_data / "meta.json").read_text())
+    assert meta["tokens"] == {"val": 3010, "test": 3000, "train": 30_000}
+    assert meta["text_bytes"]["val"] == int((tokens_of(tiny_data / "val.bin") != BOS).sum())
+    assert (t.read_shard(tiny_data / "train.bin", 257, meta["sha256"]["train.bin"]) == tokens_of(tiny_data / "train.bin")).all()
+
+
+def test_pocket_is_the_same_everywhere(tmp_path):
+    """The shards of the pinned torch release have the hashes that prepare.py holds; write_dataset refuses any other."""
+    import importlib.metadata
+    if importlib.metadata.version("torch").split("+")[0] != prepare.POCKET["torch"]:
+        pytest.skip(f"pocket is made from torch {prepare.POCKET['torch']}, this is {importlib.metadata.version('torch')}")
+    prepare.prepare_pocket(tmp_path / "pocket")
+    meta = json.loads((tmp_path / "pocket" / "meta.json").read_text())
+    assert meta["sha256"] == prepare.POCKET["sha256"] and meta["tokens"] == prepare.POCKET["tokens"]
+
+
+def test_changed_source_is_noticed_before_anything_is_written(tmp_path):
+    splits = {name: np.array([BOS, 1, 2], np.uint16) for name in ("val", "test", "train")}
+    with pytest.raises(prepare.DataError, match="val.bin with sha256"):
+        prepare.write_dataset(tmp_path / "d", splits, "bytes", "some source", {"val.bin": "0" * 64})
+    assert not (tmp_path / "d").exists()
+
+
+def run_prepare(capsys, *argv):
+    try:
+        prepare.main([str(a) for a in argv])
+        status = 0
+    except SystemExit as e:
+        status = e.code
+    return status, capsys.readouterr().err
+
+
+def test_text(tmp_path, capsys):
+    """One file is enough: it is cut into documents at line ends, and nothing is lost or doubled."""
+    text = "".join(f"line {i} of the text\n" for i in range(30_000))
+    (tmp_path / "a.txt").write_text(text)
+    status, _ = run_prepare(capsys, "text", tmp_path / "a.txt", "--out", tmp_path / "out")
+    assert status == 0
+    shards = [tokens_of(tmp_path / "out" / f"{name}.bin") for name in ("val", "test", "train")]
+    assert all(s[0] == BOS for s in shards)
+    train = [bytes(d[1:].astype(np.uint8)) for d in np.split(shards[2], np.flatnonzero(shards[2] == BOS)[1:])]
+    assert all(text.encode().count(d) == 1 and d.endswith(b"\n") for d in train)
+
+
+@pytest.mark.parametrize("content, options, message", [
+    (None, [], "No such file"), (b"\xff\xfe\x00", [], "not UTF-8"), (b"too short", [], "too little text"),
+    (b"x\n" * 50_000, ["--holdout", "0.7"], "--holdout")])
+def test_bad_text_is_one_line(tmp_path, capsys, content, options, message):
+    if content is not None:
+        (tmp_path / "a.txt").write_bytes(content)
+    status, err = run_prepare(capsys, "text", tmp_path / "a.txt", "--out", tmp_path / "out", *options)
+    assert status == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_gpt2_tokens(tmp_path, capsys):
+    """The same shards with GPT-2's vocabulary, where tiktoken has it or can fetch it."""
+    try:
+        e = prepare.get_encoding("gpt2")
+    except prepare.DataError as reason:
+        pytest.skip(str(reason))
+    assert (e.n_vocab, e.eot_token) == (50257, 50256)
+    text = "".join(f"Sentence number {i} of this text.\n" for i in range(20_000))
+    (tmp_path / "a.txt").write_text(text)
+    assert run_prepare(capsys, "text", tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", "gpt2")[0] == 0
+    meta, val = json.loads((tmp_path / "out" / "meta.json").read_text()), tokens_of(tmp_path / "out" / "val.bin")
+    assert meta["vocab_size"] == 50257 and meta["text_bytes"]["val"] == len(e.decode([int(i) for i in val if i != e.eot_token]).encode())

@@ -1,0 +1,356 @@
+"""The model's invariants, and each fast path against a plain one written here."""
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt as t
+from conftest import TINY
+
+BOS = 256
+
+
+def config(**changes):
+    return t.Config(**(TINY | changes))
+
+
+def random_tokens(B, T, seed=0, bos_share=0.05, device="cpu"):
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, 256, (B, T))
+    x[rng.random((B, T)) < bos_share] = BOS
+    return torch.from_numpy(x).to(device)
+
+
+def plain_attention(q, k, v, tokens, window):
+    """Softmax over every score, the forbidden ones at -inf; pairs decided one by one."""
+    B, T, H, d = q.shape
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(d)
+    for b in range(B):
+        document = np.cumsum(tokens[b].cpu().numpy() == BOS)
+        for i in range(T):
+            for j in range(T):
+                if j > i or i - j >= window or document[i] != document[j]:
+                    scores[b, :, i, j] = -math.inf
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("window", [1, 7, 40, 48])
+def test_attention_is_a_masked_softmax(machine, window):
+    tokens = random_tokens(2, 48, device=machine.device)
+    q, k, v = (torch.randn(2, 48, 3, 8, device=machine.device) for _ in range(3))
+    mask = t.attention_masks(tokens, BOS, [window], "sdpa")[window]
+    torch.testing.assert_close(t.attention(q, k, v, mask, "sdpa"), plain_attention(q, k, v, tokens, window), atol=1e-5, rtol=1e-4)
+
+
+def test_flex_sees_the_same_pairs(machine):
+    tokens = random_tokens(2, 256, device=machine.device)
+    q, k, v = (torch.randn(2, 256, 2, 16, device=machine.device) for _ in range(3))
+    for window in (50, 256):
+        mask = t.attention_masks(tokens, BOS, [window], "flex")[window]
+        with torch.no_grad():
+            y = t.flex.flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
+        torch.testing.assert_close(y, plain_attention(q, k, v, tokens, window), atol=1e-4, rtol=1e-3)
+
+
+def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, window_size):
+    """What the flash kernel computes, one sequence after the other: it needs a GPU, the bookkeeping around it does not."""
+    assert cu_q is cu_k and cu_q.dtype == torch.int32 and window_size[1] == 0
+    y = torch.full_like(q, math.nan)
+    for a, b in zip(cu_q.tolist(), cu_q.tolist()[1:]):
+        assert 0 <= b - a <= max_q
+        if b > a:
+            i, j = torch.arange(b - a)[:, None], torch.arange(b - a)
+            allowed = (j <= i) & (i - j <= window_size[0])
+            scores = torch.einsum("ihd,jhd->hij", q[a:b], k[a:b]) / math.sqrt(q.size(-1))
+            y[a:b] = torch.einsum("hij,jhd->ihd", scores.masked_fill(~allowed, -math.inf).softmax(-1), v[a:b])
+    return y
+
+
+@pytest.mark.parametrize("bos_share", [0.0, 0.05, 0.9])
+def test_varlen_sees_the_same_pairs(monkeypatch, bos_share):
+    monkeypatch.setattr(t.varlen, "varlen_attn", plain_varlen)
+    tokens = random_tokens(2, 48, bos_share=bos_share)
+    q, k, v = (torch.randn(2, 48, 3, 8) for _ in range(3))
+    for window in (5, 48):
+        y = t.attention(q, k, v, t.attention_masks(tokens, BOS, [window], "varlen")[window], "varlen")
+        torch.testing.assert_close(y, plain_attention(q, k, v, tokens, window), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the varlen kernel and a backward pass of FlexAttention need a GPU")
+@pytest.mark.parametrize("impl", ["varlen", "flex"])
+def test_gpu_attention_equals_sdpa(machine, impl):
+    tokens = random_tokens(2, 256, device="cuda")
+    inputs = [torch.randn(2, 256, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    for window in (64, 256):
+        y, grads = {}, {}
+        for name in (impl, "sdpa"):
+            y[name] = t.attention(*inputs, t.attention_masks(tokens, BOS, [window], name)[window], name)
+            grads[name] = torch.autograd.grad(y[name].float().square().sum(), inputs)
+        torch.testing.assert_close(y[impl], y["sdpa"], atol=2e-2, rtol=2e-2)
+        for a, b in zip(grads[impl], grads["sdpa"]):
+            torch.testing.assert_close(a, b, atol=5e-2, rtol=5e-2)
+
+
+def plain_model(p, tokens, c):
+    """The whole model as one would write it for a single sequence, from the description in the docstrings. Logits [T, V]."""
+    H, d, T = c.n_head, c.n_embd // c.n_head, len(tokens)
+    rms = lambda x: x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()  # noqa: E731
+    x = x0 = rms(p["wte"][tokens])
+    outputs = {}
+    for i in range(c.n_layer):
+        if i >= (c.n_layer + 1) // 2:
+            x = x + p["skip"][c.n_layer - 1 - i] * outputs[c.n_layer - 1 - i]
+        x = p["mix"][i, 0] * x + p["mix"][i, 1] * x0
+        h, (wq, wk, wv, wo, wx) = rms(x), p["attn"][i]
+        heads = []
+        for n in range(H):
+            part = slice(n * d, (n + 1) * d)
+            q, k, v = rms(h @ wq[part].T), rms(h @ wk[part].T), h @ wv[part].T
+            v = v + 2 * torch.sigmoid(h[:, :32] @ p["value_gate"][i, n])[:, None] * (x0 @ wx[part].T)
+            for pair in range(d // 4):  # the other d/4 pairs of channels are not rotated
+                angle = torch.arange(T) * 10_000 ** (-pair / (d // 4))
+                for z in (q, k):
+                    a, b = z[:, pair].clone(), z[:, pair + d // 2].clone()
+                    z[:, pair], z[:, pair + d // 2] = a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()
+            window = c.window_short if c.window_pattern[i % 2] == "S" and i < c.n_layer - 1 else c.seq_len
+            y = plain_attention(q[None, :, None], k[None, :, None], v[None, :, None], tokens[None], window)[0, :, 0]
+            heads.append(y * torch.sigmoid(h[:, :32] @ p["attn_gate"][i, n])[:, None])
+        x = x + torch.cat(heads, -1) @ wo.T
+        h = rms(x)
+        x = x + (F.silu(h @ p["mlp_in"][i, 0].T) * (h @ p["mlp_in"][i, 1].T)) @ p["mlp_out"][i].T
+        outputs[i] = x
+    return c.softcap * torch.tanh(rms(x) @ p["lm_head"].T / c.softcap)
+
+
+def test_forward_is_the_model_written_out(params, machine):
+    c = config()
+    p = {k: v.cpu().double() for k, v in params(c).items()}
+    m = dataclasses.replace(machine, device=torch.device("cpu"), dtype=torch.float64)
+    tokens = random_tokens(2, c.seq_len)
+    h = t.forward(p, tokens, c, m, BOS, t.phase_schedule(1.0, c))
+    for row in range(2):
+        logits = c.softcap * torch.tanh(h[row] @ p["lm_head"].T / c.softcap)
+        torch.testing.assert_close(logits, plain_model(p, tokens[row], c), atol=1e-6, rtol=1e-5)
+
+
+def test_compiled_layers_equal_plain_ones(params, machine):
+    """Loss and gradients, where this machine has a compiler."""
+    c = config(seq_len=32, n_embd=64, mlp_hidden=64)
+    t.set_compiled(machine, "auto")
+    if not machine.compiled:
+        pytest.skip(f"nothing to compare: {machine.why['compiled']}")
+    x = random_tokens(4, 32)
+    losses, grads = [], []
+    for block, chunk in ((t.block, t.objective_chunk), (machine.block, machine.objective_chunk)):
+        m = dataclasses.replace(machine, block=block, objective_chunk=chunk)
+        p = {k: v.requires_grad_() for k, v in params(c).items()}
+        losses.append(t.train_pass(p, x, x, x.numel(), c, m, BOS, t.phase_schedule(0.0, c), (0,)))
+        grads.append({k: v.grad for k, v in p.items()})
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
+    for name in grads[0]:
+        torch.testing.assert_close(grads[1][name], grads[0][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_looped_layers_equal_the_unrolled_model(params, machine):
+    """Layers 1-2 run twice more: the same as a model whose banks hold copies of them."""
+    c = config(n_layer=4, loop_first=1, loop_last=2, loop_times=2, loop_from=0.5, unet=False, window_pattern="L")
+    assert t.phase_schedule(0.49, c)[0] == (0, 1, 2, 3)
+    layers = t.phase_schedule(0.5, c)[0]
+    assert layers == (0, 1, 2, 1, 2, 1, 2, 3)
+    p, x = params(c), random_tokens(2, c.seq_len, device=machine.device)
+    unrolled = {k: v if k in ("wte", "lm_head") else v[list(layers)] for k, v in p.items()}
+    wide = dataclasses.replace(c, n_layer=8, loop_times=0)
+    torch.testing.assert_close(t.forward(p, x, c, machine, BOS, (layers, c.seq_len)),
+                               t.forward(unrolled, x, wide, machine, BOS, (tuple(range(8)), c.seq_len)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("switch, bank", [("value_proj", "value_gate"), ("attn_gate", "attn_gate"), ("x0_mix", "mix"), ("unet", "skip")])
+def test_switches_take_their_parameters_with_them(params, machine, switch, bank):
+    """Off: the parameters are gone, and the result is that of the full model with the part made harmless."""
+    c, x = config(), random_tokens(2, 64, device=machine.device)
+    off = dataclasses.replace(c, **{switch: False})
+    p = params(c)
+    harmless = dict(p)
+    if switch == "value_proj":
+        harmless["attn"] = p["attn"].clone()
+        harmless["attn"][:, 4] = 0
+    elif switch == "x0_mix":
+        harmless["mix"] = torch.tensor([[1.0, 0.0]], device=machine.device).expand(c.n_layer, 2)
+    elif switch == "unet":
+        harmless["skip"] = torch.zeros_like(p["skip"])
+    else:  # a gate of one half everywhere halves the heads' outputs
+        harmless["attn_gate"] = torch.zeros_like(p["attn_gate"])
+        harmless["attn"] = p["attn"].clone()
+        harmless["attn"][:, 3] *= 2
+    without = {k: v for k, v in p.items() if k != bank}
+    if switch == "value_proj":
+        without["attn"] = p["attn"][:, :4]
+    assert {k: tuple(v.shape) for k, v in without.items()} == t.param_shapes(off, 257)
+    phase = t.phase_schedule(1.0, c)
+    torch.testing.assert_close(t.forward(without, x, off, machine, BOS, phase), t.forward(harmless, x, c, machine, BOS, phase), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_only_in_training(params, machine):
+    c, noisy, x = config(), config(dropout=0.3, layer_drop=0.9), random_tokens(8, 64, device=machine.device)
+    p, phase = params(c), t.phase_schedule(1.0, c)
+    plain = t.forward(p, x, c, machine, BOS, phase)
+    assert torch.equal(t.forward(p, x, noisy, machine, BOS, phase), plain)  # scoring
+    assert torch.equal(t.forward(p, x, c, machine, BOS, phase, drop=torch.Generator()), plain)  # off is off
+    outputs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        outputs.append(t.forward(p, x, config(dropout=0.3), machine, BOS, phase, drop=torch.Generator()))
+    assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], plain)
+
+
+def test_layer_drop_skips_whole_layers(params, machine):
+    """The last of two layers at one half: each sequence either skips it, or gets its update twice as large."""
+    c, x = config(n_layer=2, unet=False), random_tokens(16, 64, device=machine.device)
+    p, phase = params(c), t.phase_schedule(1.0, c)
+
+    def last_layer_times(factor):
+        q = dict(p, attn=p["attn"].clone(), mlp_out=p["mlp_out"].clone())
+        q["attn"][1, 3] *= factor
+        q["mlp_out"][1] *= factor
+        return t.forward(q, x, c, machine, BOS, phase)
+    skipped, doubled = last_layer_times(0), last_layer_times(2)
+    y = t.forward(p, x, config(n_layer=2, unet=False, layer_drop=0.5), machine, BOS, phase, drop=torch.Generator().manual_seed(0))
+    is_skipped, is_doubled = (torch.isclose(y, z, atol=1e-4).all(-1).all(-1) for z in (skipped, doubled))
+    assert (is_skipped ^ is_doubled).all() and is_skipped.any() and is_doubled.any()
+
+
+def test_first_loss_is_uniform(machine):
+    c = config()
+    p = {k: v.to(machine.device) for k, v in t.init_params(c, 257).items()}
+    nll = t.stream_nll(p, random_tokens(2, 150).numpy(), c, machine, BOS, t.phase_schedule(1.0, c))
+    assert abs(t.mean_nll(nll) - math.log(257)) < 0.02
+
+
+# ---- invariants of the benchmark
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_token_sees_its_future(params, machine, dtype):
+    """Every position of a stream of several windows, window edges included: what comes later changes nothing before."""
+    c, m = config(), dataclasses.replace(machine, dtype=dtype)
+    p, x = params(c), random_tokens(1, 200).numpy()
+    before = t.stream_nll(p, x, c, m, BOS, t.phase_schedule(1.0, c))
+    rng = np.random.default_rng(1)
+    for at in [1, 63, 64, 65, 127, 128, 129, 192, 193, 199]:
+        changed = x.copy()
+        changed[:, at:] = rng.integers(0, 257, changed[:, at:].shape)
+        changed[:, at] = (x[:, at] + 1) % 257
+        after = t.stream_nll(p, changed, c, m, BOS, t.phase_schedule(1.0, c))
+        assert np.array_equal(after[:, :at], before[:, :at]), at
+        assert after[0, at] != before[0, at]
+
+
+def test_probabilities_sum_to_one(params, machine):
+    """Rows that share a prefix and go through the whole vocabulary."""
+    c, p = config(), None
+    p = params(c)
+    for length in (2, 40, 66):
+        streams = random_tokens(1, length).repeat(257, 1)
+        streams[:, -1] = torch.arange(257)
+        nll = t.stream_nll(p, streams.numpy(), c, machine, BOS, t.phase_schedule(1.0, c))
+        assert abs(np.exp(-nll[:, -1].astype(np.float64)).sum() - 1) < 1e-5
+
+
+def test_rows_are_scored_independently(params, machine):
+    """Alone, in company, and in another order."""
+    c = config()
+    p, x, phase = params(c), random_tokens(7, 150).numpy(), t.phase_schedule(1.0, c)
+    together = t.stream_nll(p, x, c, machine, BOS, phase)
+    assert (together[:, 0] == 0).all() and (together[:, 1:] > 0).all()
+    np.testing.assert_allclose(t.stream_nll(p, x[::-1], c, machine, BOS, phase)[::-1], together, rtol=1e-5, atol=1e-6)
+    for row in range(7):
+        np.testing.assert_allclose(t.stream_nll(p, x[row:row + 1], c, machine, BOS, phase)[0], together[row], rtol=1e-5, atol=1e-6)
+
+
+def test_each_token_is_scored_from_its_own_window(params, machine):
+    """A stream in consecutive windows without overlap, written as a loop over tokens."""
+    c = config(seq_len=16, window_short=8)
+    p, x = params(c), random_tokens(1, 50).numpy()
+    nll = t.stream_nll(p, x, c, machine, BOS, t.phase_schedule(1.0, c))[0]
+    for i in range(1, 50):
+        start = (i - 1) // 16 * 16
+        h = t.forward(p, torch.from_numpy(x[:, start:i]).to(machine.device), c, machine, BOS, t.phase_schedule(1.0, c))
+        expected = -t.head_logits(h[0, -1:], p["lm_head"], c.softcap)[0].log_softmax(-1)[x[0, i]]
+        assert abs(nll[i] - expected.item()) < 1e-4
+
+
+def test_flops_count_what_is_multiplied(machine, params):
+    """Against PyTorch's own counter, which sees all products of a mask-free forward pass."""
+    from torch.utils.flop_counter import FlopCounterMode
+    c = config(window_pattern="L", seq_len=64)
+    p, x = params(c), random_tokens(1, 64, device=machine.device)
+    with FlopCounterMode(display=False) as counter:
+        h = t.forward(p, x, c, machine, BOS, t.phase_schedule(1.0, c))
+        t.head_logits(h[0], p["lm_head"], c.softcap)
+    counted_all_pairs = 4 * 64 * c.n_embd * c.n_layer  # the counter does not know of the mask: T instead of (T+1)/2 keys
+    expected = t.flops_per_token(c, 257, t.phase_schedule(1.0, c)) - 4 * 32.5 * c.n_embd * c.n_layer
+    total = counter.get_total_flops() / 64
+    assert total in (pytest.approx(expected + counted_all_pairs, rel=1e-3), pytest.approx(expected, rel=1e-3))
+
+
+# ---- objective
+
+def plain_objective(h, w, targets, softcap):
+    """All logits at once."""
+    logits = softcap * torch.tanh((h @ w.T) / softcap)
+    loss = torch.zeros((), dtype=h.dtype)
+    for n in range(len(h)):
+        for target in targets[n].tolist():
+            if target >= 0:
+                loss = loss + F.cross_entropy(logits[n:n + 1], torch.tensor([target], device=h.device))
+    return loss
+
+
+@pytest.mark.parametrize("K", [1, 3])
+@pytest.mark.parametrize("chunk", [7, 64])
+def test_objective_is_cross_entropy(machine, K, chunk):
+    """Loss, gradient of the hidden states, gradient of the head, for one target a token and for several, some missing."""
+    g = torch.Generator().manual_seed(0)
+    h, w = torch.randn(40, 16, generator=g, dtype=torch.float64), 3 * torch.randn(50, 16, generator=g, dtype=torch.float64)
+    targets = torch.randint(-1, 50, (40, K), generator=g)
+    if K > 1:
+        targets[5] = targets[5, 0]  # the same target three times over
+    targets[3] = -1
+    c = config(loss_chunk=chunk)
+    grads, losses = [], []
+    for function in ("plain", "chunked"):
+        a, b = h.clone().requires_grad_(), w.clone().requires_grad_()
+        if function == "plain":
+            loss = plain_objective(a, b, targets, c.softcap) * 0.1
+        else:
+            loss = t.objective(a, b, targets, c, machine, 0.1)
+        (loss * 2).backward()
+        losses.append(loss.detach())
+        grads.append((a.grad, b.grad))
+    torch.testing.assert_close(losses[1].double(), losses[0], rtol=1e-5, atol=0)
+    for got, expected in zip(grads[1], grads[0]):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
+    assert grads[1][0][3].abs().max() == 0
+
+
+def test_objective_never_holds_all_logits(machine):
+    """A head for which the logits of the whole batch would take 40 times the chunk's."""
+    largest = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            largest.extend(x.numel() for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor))
+            return out
+    h, w = torch.randn(2000, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
+    with Watch():
+        t.objective(h, w, torch.randint(1000, (2000, 1)), config(loss_chunk=50), machine, 1.0).backward()
+    assert max(largest) == 50 * 1000
+
+
+def test_token_nll_is_the_objective(machine):
+    h, w, targets = torch.randn(30, 8), torch.randn(20, 8), torch.randint(20, (30,))
+    c = config(loss_chunk=7)
+    torch.testing.assert_close(t.token_nll(h, w, targets, c).sum(), t.objective(h, w, targets[:, None], c, machine, 1.0))

@@ -1,0 +1,378 @@
+"""Whole runs through the command line: the contract of --score, and everything that may go wrong on the way."""
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import train_gpt as t
+from conftest import ROOT, TINY, options, tokens_of
+
+PLAIN = ["--compile", "off", "--device", "cpu"]
+
+
+def start(tiny_data, run, *argv, recipe=TINY, **kwargs):
+    """A run in a process of its own."""
+    return subprocess.Popen([sys.executable, "train_gpt.py", *options(**recipe, data=tiny_data), "--run_dir", str(run), *PLAIN, *argv],
+                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def resume(run, *argv):
+    return subprocess.run([sys.executable, "train_gpt.py", "--resume", str(run), *PLAIN, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def step_lines(run):
+    """Step lines of the log, without the parts that are times."""
+    lines = [line for line in (run / "log.txt").read_text().splitlines() if line.startswith(("step ", "probe ", "val_loss "))]
+    return [line.split(" tok/s")[0] for line in lines]
+
+
+def weights(run):
+    return t.load_tensors(t.saved(run, "weights")[-1])
+
+
+def assert_same_end(run, undisturbed):
+    """Bit for bit: weights, NLL of every block, every step's line."""
+    for name, w in weights(undisturbed).items():
+        assert torch.equal(weights(run)[name], w), name
+    assert (run / "val_nll.npy").read_bytes() == (undisturbed / "val_nll.npy").read_bytes()
+    assert step_lines(run) == step_lines(undisturbed)
+    assert not t.saved(run, "state") and not list(run.glob("*.tmp"))
+
+
+def wait_for(run, condition, process, seconds=60):
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < limit, process.communicate()
+        time.sleep(0.005)
+
+
+# ---- a finished run
+
+def test_record_and_log(finished_run, tiny_data):
+    record, log = json.loads((finished_run / "record.json").read_text()), (finished_run / "log.txt").read_text()
+    sums, meta = np.load(finished_run / "val_nll.npy", allow_pickle=False), json.loads((tiny_data / "meta.json").read_text())
+    assert sums.dtype == np.float64 and sums.shape == (4,)  # 3,010 tokens in blocks of 1,000
+    assert record["val_loss"] == pytest.approx(sums.sum() / 3009, rel=1e-12) and record["val_tokens"] == 3009
+    assert record["val_bpb"] == pytest.approx(sums.sum() / np.log(2) / meta["text_bytes"]["val"])
+    assert record["val_loss"] < 4  # it has learned: uniform is 5.55
+    assert f"val_loss {record['val_loss']:.6f} nats per token, {record['val_bpb']:.6f} bits per byte" in log
+    source = (ROOT / "train_gpt.py").read_text()
+    assert f"bytes={len(source.encode())} sha256={record['source_sha256']}\n{source}\n==== end of source\n" in log
+    assert record["data_sha256"] == meta["sha256"] and record["steps"] == 39 and record["tokens_seen"] == 39 * 512
+    steps = [line for line in log.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in steps] == [f"{i + 1}/39" for i in range(39)]
+    assert all(word in steps[0] for word in (" loss ", " lr ", " tok/s ", " left "))
+    for fact in ("packages: python", "hardware: ", "thread(s)", "attention: sdpa", "dtype: fp32", "compiled: no"):
+        assert fact in log
+    assert record["train_flops"] == pytest.approx(3 * 39 * 512 * record["score_flops_per_token"])
+
+
+def test_score_of_a_shard_is_the_recorded_one(finished_run, tiny_data, cli, tmp_path):
+    status, out, _ = cli("--score", finished_run, "--tokens", tiny_data / "val.bin", "--nll", tmp_path / "out.npy", *PLAIN)
+    nll = np.load(tmp_path / "out.npy", allow_pickle=False)
+    assert status == 0 and nll.shape == (3010,) and nll[0] == 0
+    assert np.array_equal(np.add.reduceat(nll.astype(np.float64), [0, 1000, 2000, 3000]), np.load(finished_run / "val_nll.npy"))
+    assert f"{nll.sum(dtype=np.float64) / 3009:.6f}" in out
+
+
+def test_score_of_independent_streams(finished_run, tiny_data, cli, tmp_path):
+    """Same shape out as in; the first row is the shard's beginning and gets the shard's values."""
+    val = tokens_of(tiny_data / "val.bin")
+    streams = np.stack([val[:193], val[1000:1193], val[:193]])
+    np.save(tmp_path / "in.npy", streams)
+    assert cli("--score", finished_run, "--tokens", tmp_path / "in.npy", "--nll", tmp_path / "out.npy", *PLAIN)[0] == 0
+    cli("--score", finished_run, "--tokens", tiny_data / "val.bin", "--nll", tmp_path / "shard.npy", *PLAIN)
+    nll = np.load(tmp_path / "out.npy")
+    assert nll.shape == streams.shape and nll.dtype == np.float32 and (nll[:, 0] == 0).all()
+    np.testing.assert_allclose(nll[0], np.load(tmp_path / "shard.npy")[:193], rtol=1e-5)
+    np.testing.assert_allclose(nll[2], nll[0], rtol=1e-6)
+
+
+def test_streams_of_one_token(finished_run, cli, tmp_path):
+    np.save(tmp_path / "in.npy", np.zeros((3, 1), np.uint16))
+    assert cli("--score", finished_run, "--tokens", tmp_path / "in.npy", "--nll", tmp_path / "out.npy", *PLAIN)[0] == 0
+    assert (np.load(tmp_path / "out.npy") == np.zeros((3, 1))).all()
+
+
+def test_sample(finished_run, cli):
+    status, out, _ = cli("--sample", finished_run, "--prompt", "def ", "--length", 40, *PLAIN)
+    again = cli("--sample", finished_run, "--prompt", "def ", "--length", 40, *PLAIN)[1]
+    assert status == 0 and out.startswith("def ") and len(out) > 10 and out == again
+
+
+def test_a_trial_says_so(tiny_data, cli, tmp_path):
+    assert cli(*options(**TINY, data=tiny_data), "--run_dir", tmp_path / "r", "--steps", 3, *PLAIN)[0] == 0
+    record = json.loads((tmp_path / "r" / "record.json").read_text())
+    assert record["trial"] is True and record["steps"] == 3
+
+
+def test_better_than_it_was(finished_run, tiny_data, cli, tmp_path):
+    """Four epochs beat one on this text: the loop learns from what it is shown."""
+    assert cli(*options(**(TINY | dict(epochs=4.0)), data=tiny_data), "--run_dir", tmp_path / "r", *PLAIN)[0] == 0
+    one, four = (json.loads((run / "record.json").read_text())["val_loss"] for run in (finished_run, tmp_path / "r"))
+    assert four < one - 0.2
+
+
+# ---- kills, stops, broken disks
+
+@pytest.mark.parametrize("when", ["early", "training", "checkpoint", "scoring"])
+def test_killed_runs_end_as_if_they_had_not_been(tiny_data, finished_run, tmp_path, when):
+    """SIGKILL before the first checkpoint, between checkpoints, while one is written, and after training."""
+    run, rng = tmp_path / "run", random.Random(when)
+    process = start(tiny_data, run)
+    states = lambda: t.saved(run, "state")  # noqa: E731
+    wait_for(run, {"early": lambda: (run / "log.txt").exists(),
+                   "training": lambda: len(states()) and states()[-1].name >= "state-0000015",
+                   "checkpoint": lambda: len(states()) and list(run.glob("state-*.tmp")),
+                   "scoring": lambda: t.saved(run, "weights")}[when], process)
+    if when == "training":
+        time.sleep(rng.random() * 0.05)
+    process.kill()
+    process.wait()
+    assert not (run / "record.json").exists()
+    done = resume(run)
+    assert done.returncode == 0, done.stderr
+    for leftover in run.glob("*.tmp"):  # the file that the kill cut short; the next checkpoint of this name replaces it
+        leftover.unlink()
+    assert_same_end(run, finished_run)
+
+
+def test_kills_at_random_with_dropout(tiny_data, tmp_path):
+    """Ten kills over one run, and what is dropped is drawn again the same way."""
+    recipe = TINY | dict(dropout=0.2, layer_drop=0.2, epochs=3.0)
+    undisturbed, run, rng = tmp_path / "undisturbed", tmp_path / "run", random.Random(0)
+    assert start(tiny_data, undisturbed, recipe=recipe).wait(120) == 0
+    process = start(tiny_data, run, recipe=recipe)
+    for _ in range(10):
+        before = len(t.saved(run, "state")) and t.saved(run, "state")[-1].name
+        while process.poll() is None and not (t.saved(run, "state") and t.saved(run, "state")[-1].name != before):
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.1)
+        process.kill()
+        process.wait()
+        if (run / "record.json").exists():
+            break
+        process = subprocess.Popen([sys.executable, "train_gpt.py", "--resume", str(run), *PLAIN], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process.wait(120)
+    assert_same_end(run, undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_saves_first(tiny_data, finished_run, tmp_path, number):
+    """No checkpoint but the one that the signal causes; then on to the same end."""
+    run = tmp_path / "run"
+    process = start(tiny_data, run, recipe=TINY | dict(save_every=1000))
+    wait_for(run, lambda: (run / "log.txt").exists() and "\nstep 3/" in (run / "log.txt").read_text(), process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err.count("\n") == 1 and f"--resume {run}" in err
+    assert len(t.saved(run, "state")) == 1
+    assert resume(run).returncode == 0
+    for name, w in weights(finished_run).items():
+        assert torch.equal(weights(run)[name], w)
+
+
+def stop_after(tiny_data, run, steps, **changes):
+    """A run that was killed after some steps, its checkpoints on disk."""
+    process = start(tiny_data, run, recipe=TINY | changes)
+    wait_for(run, lambda: len(t.saved(run, "state")) and t.saved(run, "state")[-1].name >= f"state-{steps:07d}", process)
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_damaged_checkpoint_falls_back_to_the_one_before(tiny_data, finished_run, tmp_path, damage):
+    run = tmp_path / "run"
+    stop_after(tiny_data, run, 10)
+    path = t.saved(run, "state")[-1]
+    data = bytearray(path.read_bytes())
+    if damage == "truncated":
+        data = data[:len(data) // 2]
+    else:
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    done = resume(run)
+    assert done.returncode == 0 and f"{path}: damaged" in done.stderr
+    assert_same_end(run, finished_run)
+
+
+def test_changed_script_is_not_resumed(tiny_data, tmp_path):
+    run = tmp_path / "run"
+    stop_after(tiny_data, run, 5)
+    path = t.saved(run, "state")[-1]
+    state = t.load_tensors(path)
+    path.unlink()
+    t.save_tensors(run, "state", 99, state | {"source": "0" * 64})
+    done = resume(run)
+    assert done.returncode == 2 and "has changed since this run began" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_more_ranks_go_on_where_one_stopped(tiny_data, finished_run, tmp_path):
+    """A checkpoint of one rank, continued by two: the same model up to rounding."""
+    run = tmp_path / "run"
+    stop_after(tiny_data, run, 10)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py", "--resume", str(run), *PLAIN],
+                   cwd=ROOT, check=True, timeout=120)
+    a, b = (json.loads((r / "record.json").read_text())["val_loss"] for r in (run, finished_run))
+    assert a == pytest.approx(b, abs=1e-4)
+
+
+def test_loss_that_is_not_finite_stops_the_run(tiny_data, cli, tmp_path):
+    run = tmp_path / "run"
+    status, _, err = cli(*options(**(TINY | dict(head_lr=1e38, save_every=1)), data=tiny_data), "--run_dir", run, *PLAIN)
+    assert status == 1 and err.count("\n") == 1 and "step " in err and ("finite" in err or "the loss is" in err)
+    assert "checkpoint" in err and not (run / "record.json").exists()
+    for path in t.saved(run, "state"):
+        assert all(w.isfinite().all() for w in t.load_tensors(path)["params"].values())
+
+
+def test_full_disk_leaves_the_last_checkpoint(tiny_data, finished_run, tmp_path):
+    """Files may grow to the log's size but not to a checkpoint's, from a moment on: what a full disk looks like to the run."""
+    run = tmp_path / "run"
+    stop_after(tiny_data, run, 10)
+    before = {path.name: path.read_bytes() for path in t.saved(run, "state")}
+    limit = len(next(iter(before.values()))) - 1000
+    assert (run / "log.txt").stat().st_size < limit
+    done = subprocess.run([sys.executable, "train_gpt.py", "--resume", str(run), *PLAIN], cwd=ROOT, capture_output=True, text=True, timeout=120,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr and "--resume" in done.stderr
+    assert {path.name: path.read_bytes() for path in t.saved(run, "state")} == before and not list(run.glob("*.tmp"))
+    assert resume(run).returncode == 0
+    assert_same_end(run, finished_run)
+
+
+def test_data_that_changed_under_a_run(tiny_data, tmp_path, cli):
+    import shutil
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(tiny_data, data)
+    stop_after(data, run, 5)
+    raw = bytearray((data / "train.bin").read_bytes())
+    raw[5000] ^= 1
+    (data / "train.bin").write_bytes(raw)
+    status, _, err = cli("--resume", run, *PLAIN)
+    assert status == 2 and "train.bin" in err and "sha256" in err
+
+
+# ---- mistakes of the user: one line that names the option or file, status 2, nothing written
+
+BAD_OPTIONS = [
+    (["--n_embd", "50", "--n_head", "4"], "--n_embd"), (["--n_embd", "36", "--n_head", "2"], "--n_head"), (["--n_layer", "0"], "--n_layer"),
+    (["--batch_tokens", "1000"], "--batch_tokens"), (["--device_tokens", "32"], "--device_tokens"),
+    (["--loop_times", "1", "--loop_first", "1", "--loop_last", "3"], "--loop_last"),
+    (["--loop_times", "1", "--loop_first", "2", "--loop_last", "1"], "--loop_first"),
+    (["--window_pattern", "SXL"], "--window_pattern"), (["--dropout", "1.0"], "--dropout"), (["--dropout", "-0.1"], "--dropout"),
+    (["--warmup", "0.5", "--warmdown", "0.6"], "--warmdown"), (["--epochs", "nan"], "--epochs"), (["--epochs", "0"], "--epochs"),
+    (["--muon_lr", "fast"], "--muon_lr"), (["--unet", "2"], "--unet"), (["--wd_points", "0.5:1,0:1"], "--wd_points"), (["--wd_points", "x"], "--wd_points"),
+    (["--dtype", "fp8"], "--dtype"), (["--track", "nonesuch"], "--track"), (["--train_tokens", "40000"], "--train_tokens"),
+    (["--nonesuch", "1"], "--nonesuch"), (["--steps", "0"], "--steps"), (["--attention", "varlen"], "--attention"), (["--seed", "-1"], "--seed"),
+]
+
+
+@pytest.mark.parametrize("argv, named", BAD_OPTIONS, ids=[" ".join(argv) for argv, _ in BAD_OPTIONS])
+def test_impossible_options(tiny_data, cli, tmp_path, argv, named):
+    status, out, err = cli(*options(**TINY, data=tiny_data), "--run_dir", tmp_path / "run", *PLAIN, *argv)
+    assert status == 2 and err.count("\n") == 1 and named in err and not out and not (tmp_path / "run").exists()
+
+
+def test_batch_that_ranks_cannot_share(monkeypatch, cli, tiny_data, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    status, _, err = cli(*options(**TINY, data=tiny_data), "--run_dir", tmp_path / "run", *PLAIN)
+    assert status == 2 and "3 ranks" in err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_gpu(cli, tmp_path):
+    status, _, err = cli("--device", "cuda", "--run_dir", tmp_path / "run")
+    assert status == 2 and "--device cpu" in err
+
+
+def break_data(folder, what):
+    meta, train = folder / "meta.json", folder / "train.bin"
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, 30_000
+    if what == "no meta":
+        meta.unlink()
+    elif what == "meta is not JSON":
+        meta.write_text("{")
+    elif what == "meta lacks a key":
+        meta.write_text(json.dumps({k: v for k, v in json.loads(meta.read_text()).items() if k != "bos_id"}))
+    elif what == "no shard":
+        train.unlink()
+    elif what == "truncated":
+        train.write_bytes(train.read_bytes()[:-2])
+    elif what == "empty":
+        train.write_bytes(b"")
+    elif what == "other file":
+        train.write_bytes(b"PK" * 5000)
+    elif what == "changed":
+        train.write_bytes(train.read_bytes()[:-2] + b"\x01\x00")
+    elif what == "ids too large":
+        data = header.tobytes() + np.full(30_000, 300, "<u2").tobytes()
+        train.write_bytes(data)
+        import hashlib
+        meta.write_text(meta.read_text().replace(json.loads(meta.read_text())["sha256"]["train.bin"], hashlib.sha256(data).hexdigest()))
+
+
+@pytest.mark.parametrize("what, named", [
+    ("no meta", "meta.json"), ("meta is not JSON", "meta.json"), ("meta lacks a key", "meta.json"), ("no shard", "train.bin"), ("truncated", "train.bin"),
+    ("empty", "train.bin"), ("other file", "train.bin"), ("changed", "train.bin"), ("ids too large", "train.bin")])
+def test_broken_data(tiny_data, cli, tmp_path, what, named):
+    import shutil
+    shutil.copytree(tiny_data, tmp_path / "data")
+    break_data(tmp_path / "data", what)
+    status, _, err = cli(*options(**TINY, data=tmp_path / "data"), "--run_dir", tmp_path / "run", *PLAIN)
+    assert status == 2 and err.count("\n") == 1 and named in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_scoring(finished_run, tiny_data, cli, tmp_path):
+    np.save(tmp_path / "floats.npy", np.zeros((2, 5)))
+    np.save(tmp_path / "flat.npy", np.zeros(5, np.uint16))
+    np.save(tmp_path / "ids.npy", np.full((2, 5), 999, np.uint16))
+    np.save(tmp_path / "objects.npy", np.array([["a", {}]], dtype=object), allow_pickle=True)
+    (tmp_path / "noise.npy").write_bytes(b"not an array")
+    for tokens, nll, named in [("floats.npy", "o.npy", "float64"), ("flat.npy", "o.npy", "[5]"), ("ids.npy", "o.npy", "999"), ("objects.npy", "o.npy", "--tokens"),
+                               ("noise.npy", "o.npy", "--tokens"), ("nothing.npy", "o.npy", "nothing.npy"), ("nothing.bin", "o.npy", "nothing.bin"),
+                               ("ids.npy", "o.txt", "--nll"), ("ids.npy", "no/where/o.npy", "--nll")]:
+        status, _, err = cli("--score", finished_run, "--tokens", tmp_path / tokens, "--nll", tmp_path / nll, *PLAIN)
+        assert status == 2 and err.count("\n") == 1 and named in err, (tokens, err)
+        assert not (tmp_path / nll).exists()
+    for argv, named in [(["--score", finished_run], "--tokens"), (["--score", tmp_path / "none", "--tokens", tiny_data / "val.bin", "--nll", tmp_path / "o.npy"], "none"),
+                        (["--resume", finished_run], "finished"), (["--resume", tmp_path / "none"], "none"), (["--sample", tmp_path / "none"], "none"),
+                        (["--resume", finished_run, "--n_layer", "3"], "--n_layer"), (["--run_dir", finished_run], "already holds"),
+                        (["--score", finished_run, "--sample", finished_run], "--sample")]:
+        status, _, err = cli(*argv, *PLAIN)
+        assert status == 2 and err.count("\n") == 1 and named in err, err
+
+
+@pytest.mark.parametrize("what", ["flipped", "other shapes", "pickle", "none"])
+def test_damaged_weights_are_not_scored(finished_run, tiny_data, cli, tmp_path, what):
+    import pickle
+    import shutil
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    path = t.saved(run, "weights")[-1]
+    data = bytearray(path.read_bytes())
+    path.unlink()
+    if what == "flipped":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif what == "other shapes":
+        t.save_tensors(run, "weights", 0, {"wte": torch.zeros(3)})
+    elif what == "pickle":  # a file that would run code where it is unpickled
+        class Evil:
+            def __reduce__(self):
+                return os.mkdir, (str(tmp_path / "evil"),)
+        import hashlib
+        data = pickle.dumps(Evil())
+        (run / f"weights-0000000.{hashlib.sha256(data).hexdigest()[:16]}.pt").write_bytes(data)
+    status, _, err = cli("--score", run, "--tokens", tiny_data / "val.bin", "--nll", tmp_path / "o.npy", *PLAIN)
+    assert status == 2 and err.count("\n") == 1 and str(run) in err and not (tmp_path / "o.npy").exists() and not (tmp_path / "evil").exists()
