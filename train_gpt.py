@@ -205,7 +205,7 @@ def pick_attention(m, wanted):
     for name in ("varlen", "flex", "sdpa") if wanted == "auto" and m.device.type == "cuda" else ("sdpa" if wanted == "auto" else wanted,):
         try:
             q = torch.randn(2, 128, 2, 64, device=m.device, dtype=m.dtype, requires_grad=True)
-            masks = attention_masks(torch.zeros(2, 128, dtype=torch.long, device=m.device), 1, [64], name)
+            masks = attention_masks(torch.zeros(2, 128, dtype=torch.long, device=m.device), 1, [64], name, m.dtype)
             attention(q, q, q, masks[64], name).sum().backward()
             m.attention, m.why["attention"] = name, f"{name} ({'; '.join(reasons) or 'the best that works here'})"
             return
@@ -373,7 +373,7 @@ def param_shapes(c, vocab_size):
             "attn": (L, 4 + c.value_proj, D, D),  # q, k, v, o, and the value projection of x0
             "mlp_in": (L, 2, c.mlp_hidden, D),    # gate, up
             "mlp_out": (L, D, c.mlp_hidden),
-            **({"value_gate": (L, H, gate)} if c.value_proj else {}), **({"attn_gate": (L, H, gate)} if c.attn_gate else {}),
+            **({"gates": (L, c.value_proj + c.attn_gate, H, gate)} if c.value_proj or c.attn_gate else {}),
             **({"mix": (L, 2)} if c.x0_mix else {}), **({"skip": (L // 2,)} if c.unet and L > 1 else {})}
 
 def init_params(c, vocab_size):
@@ -405,7 +405,7 @@ def rotate(x, cos, sin):
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
-def attention_masks(tokens, bos_id, windows, impl):
+def attention_masks(tokens, bos_id, windows, impl, dtype):
     """What attention() needs for each window size: token i sees token j if j <= i, i - j < window, and no document begins
     after j up to i. tokens [B, T] -> {window: mask}; all implementations describe the same set of pairs."""
     B, T = tokens.shape
@@ -416,14 +416,27 @@ def attention_masks(tokens, bos_id, windows, impl):
         room = 1 << max(6, (len(firsts)).bit_length())  # powers of two, so that few shapes are compiled; the rest is empty
         cu_seqlens = F.pad(firsts, (0, room - len(firsts)), value=B * T)
         return {w: (cu_seqlens, w) for w in windows}
-    document = (tokens == bos_id).cumsum(1)
+    document = (tokens == bos_id).cumsum(1, dtype=torch.int32) + 1
     if impl == "flex":
         def pairs(w):
             return lambda b, h, i, j: (j <= i) & (i - j < w) & (document[b, i] == document[b, j])
         return {w: flex.create_block_mask(pairs(w), B, None, T, T, device=tokens.device) for w in windows}
-    distance = torch.arange(T, device=tokens.device)[:, None] - torch.arange(T, device=tokens.device)
-    same = (document[:, :, None] == document[:, None, :])[:, None]  # [B, 1, T, T]
-    return {w: same & (distance >= 0) & (distance < w) for w in windows}
+    masks = {}
+    for w in windows:
+        banded = 2 * w <= T and T % w == 0
+        documents_q = document.unflatten(1, (-1, w)) if banded else document[:, None]  # [B, blocks, queries]
+        documents_k = with_block_before(document, w) if banded else document[:, None]  # [B, blocks, keys]
+        n_q, n_k = documents_q.size(2), documents_k.size(2)
+        distance = torch.arange(n_q, device=tokens.device)[:, None] + n_k - n_q - torch.arange(n_k, device=tokens.device)
+        forbidden = (documents_q[..., None] != documents_k[:, :, None]) | ((distance < 0) | (distance >= w))
+        # added to the scores: SDPA would turn a mask of booleans into this anew in every layer
+        masks[w] = torch.zeros(forbidden.shape, dtype=dtype, device=tokens.device).masked_fill_(forbidden, -math.inf).flatten(0, 1)[:, None]
+    return masks
+
+def with_block_before(x, w):
+    """[B, T, ...] -> [B, T/w, 2w, ...]: each block of w tokens behind the one before it; zeros stand before the first."""
+    blocks = x.unflatten(1, (-1, w))
+    return torch.cat([F.pad(blocks, (0, 0) * (blocks.dim() - 2) + (1, 0))[:, :-1], blocks], dim=2)
 
 compiled_flex = torch.compile(flex.flex_attention)  # without a compiler it would write out every score
 
@@ -436,10 +449,17 @@ def attention(q, k, v, mask, impl):
         y = varlen.varlen_attn(q.reshape(flat), k.reshape(flat), v.reshape(flat), cu_seqlens, cu_seqlens, T, T,
                                window_size=(window - 1, 0))
         return y.view(q.shape)
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if impl == "flex":
-        return compiled_flex(q, k, v, block_mask=mask).transpose(1, 2)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+        return compiled_flex(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
+    block_size = mask.size(-2)
+    if block_size < mask.size(-1):  # a short window: each block of queries has its own keys and those of the block before
+        k, v = (with_block_before(x, block_size).flatten(0, 1) for x in (k, v))
+    q_blocks, k, v = (x.transpose(1, 2) for x in (q.reshape(-1, block_size, *q.shape[2:]), k, v))
+    if block_size < mask.size(-1):  # products and softmax one by one: SDPA is slow on problems this small
+        y = torch.softmax((q_blocks * q.size(-1) ** -0.5) @ k.mT + mask, dim=-1) @ v
+    else:
+        y = F.scaled_dot_product_attention(q_blocks, k, v, attn_mask=mask)
+    return y.transpose(1, 2).reshape(q.shape)
 
 def block(x, x0, w, cos, sin, mask, impl, n_head, keep, dropout):
     """One layer. x, x0 [B, T, D]; w: this layer's slice of every bank; keep: None, or [B, 1, 1], what stochastic depth
@@ -447,14 +467,15 @@ def block(x, x0, w, cos, sin, mask, impl, n_head, keep, dropout):
     B, T, D = x.shape
     if "mix" in w:
         x = w["mix"][0] * x + w["mix"][1] * x0
-    h = norm(x)
+    h, value_proj = norm(x), len(w["attn"]) > 4
     q, k, v = F.linear(h, w["attn"][:3].reshape(3 * D, D)).view(B, T, 3, n_head, D // n_head).unbind(2)
-    if "value_gate" in w:
-        gate = 2 * torch.sigmoid(F.linear(h[..., :w["value_gate"].size(-1)], w["value_gate"]))  # [B, T, H], 1 at the start
-        v = v + gate[..., None] * F.linear(x0, w["attn"][4]).view(v.shape)
+    if "gates" in w:
+        gates = torch.sigmoid(F.linear(h[..., :w["gates"].size(-1)], w["gates"].flatten(0, 1))).view(B, T, -1, n_head, 1)
+    if value_proj:
+        v = v + 2 * gates[:, :, 0] * F.linear(x0, w["attn"][4]).view(v.shape)  # the gate starts at 2 * 1/2
     y = attention(rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v, mask, impl)
-    if "attn_gate" in w:
-        y = y * torch.sigmoid(F.linear(h[..., :w["attn_gate"].size(-1)], w["attn_gate"]))[..., None]
+    if "gates" in w and len(w["gates"]) > value_proj:
+        y = y * gates[:, :, -1]
     y = F.dropout(F.linear(y.reshape(B, T, D), w["attn"][3]), dropout, training=dropout > 0)
     x = x + (y if keep is None else y * keep)
     gate, up = F.linear(norm(x), w["mlp_in"].flatten(0, 1)).chunk(2, dim=-1)
@@ -474,7 +495,7 @@ def forward(p, tokens, c, m, bos_id, phase, drop=None):
     B, T = tokens.shape
     cos, sin = rope_tables(T, c.n_embd // c.n_head, m.device, m.dtype)
     windows = [min(layer_window(c, i, long_window), T) for i in layers]
-    masks = attention_masks(tokens, bos_id, sorted(set(windows)), m.attention)
+    masks = attention_masks(tokens, bos_id, sorted(set(windows)), m.attention, m.dtype)
     # every bank is cast and taken apart once per pass, not once per use
     banks = {name: p[name].to(m.dtype).unbind(0) for name in p if name not in ("wte", "lm_head", "skip")}
     dropout = c.dropout if drop is not None else 0.0
@@ -499,7 +520,7 @@ def flops_per_token(c, vocab_size, phase):
     """FLOPs of a forward pass per token: two per weight that is multiplied, and the attention over the average window."""
     layers, long_window = phase
     weights = sum(math.prod(shape[1:]) for name, shape in param_shapes(c, vocab_size).items()
-                  if name in ("attn", "mlp_in", "mlp_out", "attn_gate", "value_gate"))
+                  if name in ("attn", "mlp_in", "mlp_out", "gates"))
     windows = [min(layer_window(c, i, long_window), c.seq_len) for i in layers]
     seen = [w - w * (w - 1) / 2 / c.seq_len for w in windows]  # tokens that the average token attends to
     return 2 * vocab_size * c.n_embd + sum(2 * weights + 4 * n * c.n_embd for n in seen)
@@ -565,7 +586,7 @@ def token_nll(h, w, targets, c):
 # ---- optimizer --------------------------------------------------------------------------------------------------------
 
 MUON_BANKS = ("attn", "mlp_in", "mlp_out")
-NO_DECAY = ("value_gate", "attn_gate", "mix", "skip")
+NO_DECAY = ("gates", "mix", "skip")
 
 # Polar Express (arXiv 2505.16932): the best odd quintic of each step for singular values in [1e-3, 1]; safety factor 1.02
 POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -797,10 +818,8 @@ def load_run(run, args):
     if not files:
         raise Stop(f"{run}: holds no final weights; finish the run with --resume {run}")
     m, p = setup_machine(c, args), load_tensors(files[-1])
-    if p is None:
-        raise Stop(f"{files[-1]}: damaged (its content does not match the digest in its name); train the run again")
-    if {name: tuple(w.shape) for name, w in p.items()} != param_shapes(c, meta["vocab_size"]):
-        raise Stop(f"{files[-1]}: its tensors do not have the shapes that {run / 'config.json'} asks for")
+    if not isinstance(p, dict) or {name: tuple(w.shape) for name, w in p.items()} != param_shapes(c, meta["vocab_size"]):
+        raise Stop(f"{files[-1]}: damaged, or not the weights that {run / 'config.json'} describes; train the run again")
     return c, m, meta, {name: w.to(m.device, torch.float32) for name, w in p.items()}
 
 # ---- scoring ----------------------------------------------------------------------------------------------------------
@@ -1014,7 +1033,7 @@ def finish(p, progress, total, log, c, run, m, meta, val_tokens, steps):
     log(f"the run is in {run}")
     log.sync()
     write_file(run / "record.json", json.dumps(record, indent=1).encode() + b"\n")
-    for path in saved(run, "state"):
+    for path in [*saved(run, "state"), *run.glob("*.tmp")]:  # a kill may have left a file half-written
         path.unlink()
 
 def train_command(given, args):
@@ -1109,18 +1128,17 @@ def main():
             print(sample(p, c, m, meta, args.prompt, args.length))
         else:
             train_command(given, args)
+        message, status = None, 0
     except Stop as e:
-        leave(str(e), e.status)
+        message, status = str(e), e.status
     except KeyboardInterrupt:
-        leave("interrupted", 130)
+        message, status = "interrupted", 130
     except OSError as e:  # reading is checked where it happens: this is a disk that is full, or may not be written
-        leave(f"cannot write {e.filename or 'into the run folder'}: {e.strerror}; what was saved before is intact, go on with --resume", 1)
-    if dist.is_initialized():
+        message, status = f"cannot write {e.filename or 'into the run folder'}: {e.strerror}; what was saved before is intact, go on with --resume", 1
+    if message and os.environ.get("RANK", "0") == "0":
+        print(f"{SCRIPT}: {message}", file=sys.stderr)
+    if dist.is_initialized() and not status:
         dist.destroy_process_group()
-
-def leave(message, status):
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{SCRIPT}: {message}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 if __name__ == "__main__":

@@ -37,11 +37,11 @@ def plain_attention(q, k, v, tokens, window):
     return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
 
 
-@pytest.mark.parametrize("window", [1, 7, 40, 48])
+@pytest.mark.parametrize("window", [1, 7, 12, 24, 40, 48])  # 1, 12 and 24 go in blocks
 def test_attention_is_a_masked_softmax(machine, window):
     tokens = random_tokens(2, 48, device=machine.device)
     q, k, v = (torch.randn(2, 48, 3, 8, device=machine.device) for _ in range(3))
-    mask = t.attention_masks(tokens, BOS, [window], "sdpa")[window]
+    mask = t.attention_masks(tokens, BOS, [window], "sdpa", torch.float32)[window]
     torch.testing.assert_close(t.attention(q, k, v, mask, "sdpa"), plain_attention(q, k, v, tokens, window), atol=1e-5, rtol=1e-4)
 
 
@@ -49,7 +49,7 @@ def test_flex_sees_the_same_pairs(machine):
     tokens = random_tokens(2, 256, device=machine.device)
     q, k, v = (torch.randn(2, 256, 2, 16, device=machine.device) for _ in range(3))
     for window in (50, 256):
-        mask = t.attention_masks(tokens, BOS, [window], "flex")[window]
+        mask = t.attention_masks(tokens, BOS, [window], "flex", torch.float32)[window]
         with torch.no_grad():
             y = t.flex.flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
         torch.testing.assert_close(y, plain_attention(q, k, v, tokens, window), atol=1e-4, rtol=1e-3)
@@ -75,7 +75,7 @@ def test_varlen_sees_the_same_pairs(monkeypatch, bos_share):
     tokens = random_tokens(2, 48, bos_share=bos_share)
     q, k, v = (torch.randn(2, 48, 3, 8) for _ in range(3))
     for window in (5, 48):
-        y = t.attention(q, k, v, t.attention_masks(tokens, BOS, [window], "varlen")[window], "varlen")
+        y = t.attention(q, k, v, t.attention_masks(tokens, BOS, [window], "varlen", torch.float32)[window], "varlen")
         torch.testing.assert_close(y, plain_attention(q, k, v, tokens, window), atol=1e-5, rtol=1e-4)
 
 
@@ -87,7 +87,7 @@ def test_gpu_attention_equals_sdpa(machine, impl):
     for window in (64, 256):
         y, grads = {}, {}
         for name in (impl, "sdpa"):
-            y[name] = t.attention(*inputs, t.attention_masks(tokens, BOS, [window], name)[window], name)
+            y[name] = t.attention(*inputs, t.attention_masks(tokens, BOS, [window], name, torch.bfloat16)[window], name)
             grads[name] = torch.autograd.grad(y[name].float().square().sum(), inputs)
         torch.testing.assert_close(y[impl], y["sdpa"], atol=2e-2, rtol=2e-2)
         for a, b in zip(grads[impl], grads["sdpa"]):
@@ -109,7 +109,7 @@ def plain_model(p, tokens, c):
         for n in range(H):
             part = slice(n * d, (n + 1) * d)
             q, k, v = rms(h @ wq[part].T), rms(h @ wk[part].T), h @ wv[part].T
-            v = v + 2 * torch.sigmoid(h[:, :32] @ p["value_gate"][i, n])[:, None] * (x0 @ wx[part].T)
+            v = v + 2 * torch.sigmoid(h[:, :32] @ p["gates"][i, 0, n])[:, None] * (x0 @ wx[part].T)
             for pair in range(d // 4):  # the other d/4 pairs of channels are not rotated
                 angle = torch.arange(T) * 10_000 ** (-pair / (d // 4))
                 for z in (q, k):
@@ -117,7 +117,7 @@ def plain_model(p, tokens, c):
                     z[:, pair], z[:, pair + d // 2] = a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()
             window = c.window_short if c.window_pattern[i % 2] == "S" and i < c.n_layer - 1 else c.seq_len
             y = plain_attention(q[None, :, None], k[None, :, None], v[None, :, None], tokens[None], window)[0, :, 0]
-            heads.append(y * torch.sigmoid(h[:, :32] @ p["attn_gate"][i, n])[:, None])
+            heads.append(y * torch.sigmoid(h[:, :32] @ p["gates"][i, 1, n])[:, None])
         x = x + torch.cat(heads, -1) @ wo.T
         h = rms(x)
         x = x + (F.silu(h @ p["mlp_in"][i, 0].T) * (h @ p["mlp_in"][i, 1].T)) @ p["mlp_out"][i].T
@@ -167,27 +167,26 @@ def test_looped_layers_equal_the_unrolled_model(params, machine):
                                t.forward(unrolled, x, wide, machine, BOS, (tuple(range(8)), c.seq_len)), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("switch, bank", [("value_proj", "value_gate"), ("attn_gate", "attn_gate"), ("x0_mix", "mix"), ("unet", "skip")])
-def test_switches_take_their_parameters_with_them(params, machine, switch, bank):
+@pytest.mark.parametrize("switch", ["value_proj", "attn_gate", "x0_mix", "unet"])
+def test_switches_take_their_parameters_with_them(params, machine, switch):
     """Off: the parameters are gone, and the result is that of the full model with the part made harmless."""
     c, x = config(), random_tokens(2, 64, device=machine.device)
     off = dataclasses.replace(c, **{switch: False})
     p = params(c)
-    harmless = dict(p)
+    harmless, without = {k: v.clone() for k, v in p.items()}, dict(p)
     if switch == "value_proj":
-        harmless["attn"] = p["attn"].clone()
         harmless["attn"][:, 4] = 0
-    elif switch == "x0_mix":
-        harmless["mix"] = torch.tensor([[1.0, 0.0]], device=machine.device).expand(c.n_layer, 2)
-    elif switch == "unet":
-        harmless["skip"] = torch.zeros_like(p["skip"])
-    else:  # a gate of one half everywhere halves the heads' outputs
-        harmless["attn_gate"] = torch.zeros_like(p["attn_gate"])
-        harmless["attn"] = p["attn"].clone()
+        without |= {"attn": p["attn"][:, :4], "gates": p["gates"][:, 1:]}
+    elif switch == "attn_gate":  # a gate of one half everywhere halves the heads' outputs
+        harmless["gates"][:, 1] = 0
         harmless["attn"][:, 3] *= 2
-    without = {k: v for k, v in p.items() if k != bank}
-    if switch == "value_proj":
-        without["attn"] = p["attn"][:, :4]
+        without |= {"gates": p["gates"][:, :1]}
+    elif switch == "x0_mix":
+        harmless["mix"][:] = torch.tensor([1.0, 0.0])
+        without.pop("mix")
+    else:
+        harmless["skip"][:] = 0
+        without.pop("skip")
     assert {k: tuple(v.shape) for k, v in without.items()} == t.param_shapes(off, 257)
     phase = t.phase_schedule(1.0, c)
     torch.testing.assert_close(t.forward(without, x, off, machine, BOS, phase), t.forward(harmless, x, c, machine, BOS, phase), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,156 @@
+"""
+Speed and memory of train_gpt.py against a plain PyTorch model of the same shape, both run in turns on this machine.
+
+    python tests/bench.py                          # speed at the pocket track's shape, memory at GPT-2's vocabulary
+    python tests/bench.py --n_layer 12 --n_embd 768 --n_head 6 --mlp_hidden 2048 --vocab 50304
+
+The plain model is what one writes first: nn.Module layers, SDPA with is_causal, SwiGLU, full logits, F.cross_entropy,
+torch.optim.AdamW, autocast to the same dtype, with and without torch.compile. It leaves out this script's gates,
+value projections, skips and document masks, so it has the lighter job. Prints figures; decides nothing.
+"""
+import argparse
+import dataclasses
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as t  # noqa: E402
+
+
+class PlainLayer(nn.Module):
+    def __init__(self, D, H, hidden):
+        super().__init__()
+        self.H, self.norm1, self.norm2 = H, nn.RMSNorm(D), nn.RMSNorm(D)
+        self.qkv, self.o = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D, bias=False)
+        self.gate, self.up, self.down = nn.Linear(D, hidden, bias=False), nn.Linear(D, hidden, bias=False), nn.Linear(hidden, D, bias=False)
+
+    def forward(self, x):
+        B, T, D = x.shape
+        q, k, v = (z.view(B, T, self.H, -1).transpose(1, 2) for z in self.qkv(self.norm1(x)).split(D, -1))
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, D))
+        h = self.norm2(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+class PlainGPT(nn.Module):
+    def __init__(self, c, vocab):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(vocab, c.n_embd), nn.Embedding(c.seq_len, c.n_embd)
+        self.layers = nn.ModuleList(PlainLayer(c.n_embd, c.n_head, c.mlp_hidden) for _ in range(c.n_layer))
+        self.norm, self.head = nn.RMSNorm(c.n_embd), nn.Linear(c.n_embd, vocab, bias=False)
+
+    def forward(self, x, y):
+        h = self.wte(x) + self.wpe.weight[:x.size(1)]
+        for layer in self.layers:
+            h = layer(h)
+        return F.cross_entropy(self.head(self.norm(h)).flatten(0, 1).float(), y.flatten())
+
+
+def make_step(which, c, m, vocab):
+    """A function that takes one optimizer step on random tokens."""
+    x = torch.randint(vocab - 1, (c.batch_tokens // c.seq_len, c.seq_len + 1))
+    x, y = x[:, :-1].contiguous(), x[:, 1:].contiguous()
+    if which.startswith("tokenrun"):
+        m = dataclasses.replace(m, why={})
+        t.set_compiled(m, "on" if which.endswith("compiled") else "off")
+        p = {name: w.to(m.device).requires_grad_() for name, w in t.init_params(c, vocab).items()}
+        optimizer, phase = t.MuonAdamW(p, c, m), t.phase_schedule(1.0, c)
+
+        def step():
+            t.train_pass(p, x, y, y.numel(), c, m, vocab - 1, phase, (0,))
+            optimizer.step(1, 1.0, 1.0, 0.95)
+    else:
+        model = PlainGPT(c, vocab).to(m.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        forward = torch.compile(model) if which.endswith("compiled") else model
+        xd, yd = x.to(m.device), y.to(m.device)
+
+        def step():
+            with torch.autocast(m.device.type, m.dtype, enabled=m.dtype != torch.float32):
+                loss = forward(xd, yd)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return step
+
+
+def synchronize(m):
+    if m.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def speed(c, m, vocab, rounds, steps):
+    which = ["tokenrun", "plain"] + (["tokenrun compiled", "plain compiled"] if m.compiled else [])
+    functions = {name: make_step(name, c, m, vocab) for name in which}
+    for step in functions.values():
+        step(), step()
+    seconds = {name: [] for name in which}
+    for _ in range(rounds):
+        for name, step in functions.items():
+            synchronize(m)
+            began = time.perf_counter()
+            for _ in range(steps):
+                step()
+            synchronize(m)
+            seconds[name].append((time.perf_counter() - began) / steps)
+    for name in which:
+        low, middle, high = (c.batch_tokens / f(seconds[name]) for f in (max, statistics.median, min))
+        print(f"{name:18} {middle:10,.0f} tokens/s (lowest {low:,.0f}, highest {high:,.0f} of {rounds} rounds of {steps} steps)")
+    for a in which[::2]:
+        for b in which[1::2]:
+            ratios = [y / x for x, y in zip(seconds[a], seconds[b])]
+            print(f"{a} / {b}: {statistics.median(ratios):.2f} times the tokens per second ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def peak_memory(which, c, m, vocab):
+    """Peak bytes of a process that takes two steps, and what it held before the first."""
+    if m.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step = make_step(which, c, m, vocab)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    step(), step()
+    return (torch.cuda.max_memory_allocated(), 0) if m.device.type == "cuda" else (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, before)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab", type=int, default=257)
+    parser.add_argument("--memory_vocab", type=int, default=50304)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--memory_of", help=argparse.SUPPRESS)
+    for option in ("device", "attention", "compile"):
+        parser.add_argument(f"--{option}", default="auto")
+    for name in ("n_layer", "n_embd", "n_head", "mlp_hidden", "seq_len", "batch_tokens", "loss_chunk"):
+        parser.add_argument(f"--{name}", type=int, default=8192 if name == "batch_tokens" else getattr(t.Config, name))
+    parser.add_argument("--dtype", default="auto")
+    args = parser.parse_args()
+    c = t.Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(t.Config) if hasattr(args, f.name)}, device_tokens=args.batch_tokens)
+    m = t.setup_machine(c, args)
+    if args.memory_of:
+        print(json.dumps(peak_memory(args.memory_of, c, m, args.memory_vocab)))
+        return
+    print(f"{c.n_layer} layers, width {c.n_embd}, {c.n_head} heads, SwiGLU {c.mlp_hidden}, {c.batch_tokens:,} tokens a step in sequences of {c.seq_len}")
+    print(f"{t.hardware(m)}, {torch.get_num_threads()} threads, torch {torch.__version__}; " + "; ".join(f"{k}: {v}" for k, v in m.why.items()))
+    print(f"\nspeed, vocabulary {args.vocab:,}, a whole step with its optimizer")
+    speed(c, m, args.vocab, args.rounds, args.steps)
+    print(f"\npeak memory, vocabulary {args.memory_vocab:,}, in a process of its own")
+    peaks = {}
+    for which in ("tokenrun", "plain"):
+        out = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--memory_of", which], check=True, capture_output=True, text=True).stdout
+        peaks[which], before = json.loads(out.splitlines()[-1])
+        print(f"{which:18} {peaks[which] / 2 ** 20:8,.0f} MiB ({before / 2 ** 20:,.0f} MiB of them before the first step)")
+    print(f"tokenrun / plain: {peaks['tokenrun'] / peaks['plain']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
