@@ -2,7 +2,7 @@
 Tokenrun: how low can validation loss go on a fixed budget of training tokens?
 
     python train_gpt.py                                   the pocket track, on whatever machine this is
-    python train_gpt.py --n_layer 8 --dropout 0.1         every field of Config is an option of the same name
+    python train_gpt.py --n_layer 8 --dropout 0.1         every field of Config is an option
     torchrun --standalone --nproc_per_node=8 train_gpt.py --track limited
     python train_gpt.py --resume runs/NAME                go on with a run that was killed or stopped
     python train_gpt.py --score runs/NAME --tokens data/pocket/val.bin --nll out.npy
@@ -26,35 +26,40 @@ import math
 import os
 import pickle
 import platform
+import re
 import resource
 import shutil
 import signal
 import sys
-from collections import defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.attention import flex_attention as flex, varlen
+if torch.cuda.is_available():  # neither trains on a CPU, and they take seconds to import
+    from torch.nn.attention import flex_attention as flex, varlen
+    compiled_flex = torch.compile(flex.flex_attention)  # uncompiled, it writes out every score
 
 HERE, SCRIPT = Path(__file__).resolve().parent, Path(__file__).name
 SOURCE = Path(__file__).read_bytes()  # read at the start, so that the log shows what runs and not a later edit
 SOURCE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
 
-class Stop(Exception):
-    """The process ends here, with one line that says why and how to go on. Status 2: something for the user to mend before
-    anything was begun; 1: the run broke; 130: it was asked to stop."""
+# torch 2.13 renamed these two
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-    def __init__(self, message, status=2):
-        super().__init__(message)
-        self.status = status
+class Stop(Exception):
+    """Stop(message, status): the process ends here, with one line that says why and how to go on. Status 2, also where it is left
+    out: something for the user to mend before anything is begun; 1: the run broke; 130: it was asked to stop."""
+
+def require(holds, message):
+    if not holds:
+        raise Stop(message)
 
 # ---- config -----------------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A recipe. The defaults are the pocket track's; PRESETS lists how the other tracks differ."""
     track: str = "pocket"
@@ -130,38 +135,39 @@ PRESETS = {  # shapes and recipes of the FineWeb tracks: the published Slowrun r
     "unlimited": DEEP | dict(n_embd=2048, n_head=16, mlp_hidden=5632, loop_times=4),
 }
 
-def check_config(c, world_size):
+def check_config(c):
     """Refuse what cannot be trained, before anything is loaded."""
-    def rule(holds, message):
-        if not holds:
-            raise Stop(message)
     zero_is_fine = {"seed", "loop_first", "loop_last", "loop_times", "probes"}
     not_fractions = {"softcap", "epochs", "muon_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "warmdown_power", "final_lr"}
     for f in dataclasses.fields(c):
         value = getattr(c, f.name)
         if f.type is int:
-            rule(value >= (f.name not in zero_is_fine), f"--{f.name} {value}: must be {0 if f.name in zero_is_fine else 1} or more")
+            require(value >= (f.name not in zero_is_fine), f"--{f.name} {value}: must be {0 if f.name in zero_is_fine else 1} or more")
         if f.type is float:
-            rule(math.isfinite(value) and value >= 0, f"--{f.name} {value}: must be a number, 0 or more")
-            rule(value <= 1 or f.name in not_fractions, f"--{f.name} {value}: is a fraction, choose one from 0 to 1")
+            require(math.isfinite(value) and value >= 0, f"--{f.name} {value}: must be a number, 0 or more")
+            require(value <= 1 or f.name in not_fractions, f"--{f.name} {value}: is a fraction, choose one from 0 to 1")
     head_dim, rows = c.n_embd / c.n_head, c.batch_tokens / c.seq_len
-    rule(head_dim % 4 == 0, f"--n_embd {c.n_embd} --n_head {c.n_head}: heads of {head_dim:g} channels; half-rotated RoPE needs a multiple of 4")
-    rule(rows % 1 == 0, f"--batch_tokens {c.batch_tokens}: must be a multiple of --seq_len {c.seq_len}")
-    rule(rows % world_size == 0, f"--batch_tokens {c.batch_tokens}: its {rows:g} sequences cannot be divided among {world_size} ranks")
-    rule(c.device_tokens >= c.seq_len, f"--device_tokens {c.device_tokens}: must hold one sequence of --seq_len {c.seq_len}")
-    rule(c.train_tokens > 1, f"--train_tokens {c.train_tokens}: must be 2 or more")
-    rule(c.window_pattern and not set(c.window_pattern) - set("SL"), f"--window_pattern {c.window_pattern!r}: write it in S and L")
-    rule(c.softcap > 0 and c.epochs > 0, f"--softcap {c.softcap:g} --epochs {c.epochs:g}: must be above 0")
-    rule(c.dropout < 1 and c.layer_drop < 1, f"--dropout {c.dropout:g} --layer_drop {c.layer_drop:g}: at 1 nothing would be left")
-    rule(c.warmup + c.warmdown <= 1, f"--warmup {c.warmup:g} --warmdown {c.warmdown:g}: together more than all of training")
-    rule(c.loop_times == 0 or c.loop_first <= c.loop_last < c.n_layer,
-         f"--loop_first {c.loop_first} --loop_last {c.loop_last}: not a range of the model's layers 0 to {c.n_layer - 1}")
-    rule(c.dtype in ("auto", "bf16", "fp32"), f"--dtype {c.dtype}: choose auto, bf16 or fp32")
-    parse_points(c.wd_points)
+    require(head_dim % 4 == 0,
+            f"--n_embd {c.n_embd} --n_head {c.n_head}: heads of {head_dim:g} channels; half-rotated RoPE needs a multiple of 4")
+    require(rows % 1 == 0, f"--batch_tokens {c.batch_tokens}: must be a multiple of --seq_len {c.seq_len}")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    require(rows % ranks == 0, f"--batch_tokens {c.batch_tokens}: its {rows:g} sequences cannot be divided among {ranks} ranks")
+    require(c.device_tokens >= c.seq_len, f"--device_tokens {c.device_tokens}: must hold one sequence of --seq_len {c.seq_len}")
+    require(c.train_tokens > 1, f"--train_tokens {c.train_tokens}: must be 2 or more")
+    require(c.window_pattern and not set(c.window_pattern) - set("SL"), f"--window_pattern {c.window_pattern!r}: write it in S and L")
+    require(c.softcap > 0 and c.epochs > 0, f"--softcap {c.softcap:g} --epochs {c.epochs:g}: must be above 0")
+    require(c.dropout < 1 and c.layer_drop < 1, f"--dropout {c.dropout:g} --layer_drop {c.layer_drop:g}: at 1 nothing would be left")
+    require(c.warmup + c.warmdown <= 1, f"--warmup {c.warmup:g} --warmdown {c.warmdown:g}: together more than all of training")
+    require(c.loop_times == 0 or c.loop_first <= c.loop_last < c.n_layer,
+            f"--loop_first {c.loop_first} --loop_last {c.loop_last}: not a range of the model's layers 0 to {c.n_layer - 1}")
+    require(c.dtype in ("auto", "bf16", "fp32"), f"--dtype {c.dtype}: choose auto, bf16 or fp32")
+    number = r"(\d+\.?\d*|\.\d+)"
+    require(re.fullmatch(f"{number}:{number}(,{number}:{number})*", c.wd_points) and wd_points(c) == sorted(wd_points(c)),
+            f"--wd_points {c.wd_points}: write fraction:multiple pairs in rising order, such as 0:1,0.5:0.1,1:1.5")
 
 # ---- machine ----------------------------------------------------------------------------------------------------------
 
-@dataclass
+@dataclasses.dataclass
 class Machine:
     """What this process runs on, and what follows from it."""
     device: torch.device
@@ -172,15 +178,14 @@ class Machine:
     block: object = None   # block() and objective_chunk(), compiled or as they stand
     objective_chunk: object = None
     compiled: bool = False
-    why: dict = field(default_factory=dict)  # the reason of each choice, for the log
+    why: dict = dataclasses.field(default_factory=dict)  # the reason of each choice, for the log
 
 def setup_machine(c, args):
     """Find the device, join the other ranks where torchrun started several, choose dtype, attention and compiler."""
-    rank, world_size, local_rank, local_world_size = (
-        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    world_size, local_world_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
-    if cuda and not torch.cuda.is_available():
-        raise Stop("--device cuda: torch sees no GPU here; use --device cpu")
+    require(torch.cuda.is_available() or not cuda, "--device cuda: torch sees no GPU here; use --device cpu")
     if cuda:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -201,8 +206,9 @@ def setup_machine(c, args):
 
 def pick_attention(m, wanted):
     """The first of varlen flash attention, FlexAttention and SDPA that works here, tried forward and backward."""
-    reasons = []
-    for name in ("varlen", "flex", "sdpa") if wanted == "auto" and m.device.type == "cuda" else ("sdpa" if wanted == "auto" else wanted,):
+    reasons, names = [], ("varlen", "flex", "sdpa") if m.device.type == "cuda" else ("sdpa",)
+    require(wanted in ("auto", *names), f"--attention {wanted}: needs a GPU; use --attention sdpa")
+    for name in names if wanted == "auto" else (wanted,):
         try:
             q = torch.randn(2, 128, 2, 64, device=m.device, dtype=m.dtype, requires_grad=True)
             masks = attention_masks(torch.zeros(2, 128, dtype=torch.long, device=m.device), 1, [64], name, m.dtype)
@@ -220,8 +226,7 @@ def set_compiled(m, wanted, failure=None):
         found, name = torch.utils._triton.has_triton(), "Triton"
     else:
         found, name = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"), "C++ compiler"
-    if wanted == "on" and not found:
-        raise Stop(f"--compile on: there is no {name} here; install one, or use --compile auto")
+    require(found or wanted != "on", f"--compile on: there is no {name} here; install one, or use --compile auto")
     m.compiled = bool(found) and wanted != "off" and not failure
     m.why["compiled"] = f"{'yes' if m.compiled else 'no'} ({failure or name + (' found' if found else ' not found')}, --compile {wanted})"
     m.block = torch.compile(block, dynamic=False) if m.compiled else block
@@ -254,8 +259,7 @@ def read_meta(c, m):
             raise Stop(str(e))
     if m.world_size > 1:
         dist.barrier()
-    if not path.exists():
-        raise Stop(f"{path}: no data there; python data/prepare.py --help says how to prepare it, --data names another folder")
+    require(path.exists(), f"{path}: no data there; python data/prepare.py --help says how to prepare it, --data names another folder")
     return read_json(path, check_meta)
 
 def check_meta(meta):
@@ -277,14 +281,14 @@ def read_shard(path, vocab_size, sha256=None):
     """Token ids of a shard, uint16 [n], memory-mapped, after every check that the file is what it says it is."""
     try:
         size, header = os.path.getsize(path), np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-        if len(header) < HEADER_INTS or header[0] != MAGIC or header[1] != 1:
-            raise Stop(f"{path}: not a token shard (its header does not begin with {MAGIC}, 1); data/README.md has the format")
+        require(len(header) == HEADER_INTS and header[0] == MAGIC and header[1] == 1,
+                f"{path}: not a token shard (its header does not begin with {MAGIC}, 1); data/README.md has the format")
         n = int(header[2])
-        if n < 2 or size != 4 * HEADER_INTS + 2 * n:
-            raise Stop(f"{path}: {size:,} bytes, but {n:,} tokens as its header says would be {4 * HEADER_INTS + 2 * n:,}: prepare the data again")
+        require(n > 1 and size == 4 * HEADER_INTS + 2 * n,
+                f"{path}: {size:,} bytes, where the {n:,} tokens of its header take {4 * HEADER_INTS + 2 * n:,}; prepare the data again")
         with open(path, "rb") as f:
-            if sha256 and hashlib.file_digest(f, "sha256").hexdigest() != sha256:
-                raise Stop(f"{path}: its sha256 is not the one in meta.json, so it has changed since; prepare the data again")
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        require(sha256 in (None, digest), f"{path}: its sha256 is not the one in meta.json: it has changed, prepare the data again")
         tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(n,))
     except OSError as e:
         raise Stop(f"{path}: {e.strerror}")
@@ -292,39 +296,35 @@ def read_shard(path, vocab_size, sha256=None):
     return tokens
 
 def check_ids(tokens, vocab_size, path):
-    if int(tokens.max()) >= vocab_size:
-        raise Stop(f"{path}: holds token {tokens.max()}, but the vocabulary has only {vocab_size}: was it made with another tokenizer?")
+    require(int(tokens.max()) < vocab_size,
+            f"{path}: holds token {tokens.max()}, but the vocabulary has only {vocab_size}: was it made with another tokenizer?")
 
 class Loader:
     """Training batches as a function of the step alone: nothing to save, any position can be resumed.
 
-    An epoch is the budget's documents in an order drawn from (seed, epoch), laid end to end and cut every seq_len tokens
-    into rows, which are then shuffled. Where a document that fits exactly into the rest of a row is still to come, it is
-    taken next, so that the following row starts at a BOS. Every token of the budget but the epoch's first is a target
-    exactly once per epoch; the last, shorter row is filled up with targets of -1, which the loss does not count."""
-
+    An epoch is the budget's documents in an order drawn from (seed, epoch), laid end to end and cut every seq_len tokens into
+    rows, which are then shuffled. A document that would end with its row is taken early, so that the next row starts at a BOS.
+    Every token but the epoch's first is a target exactly once; the last row is filled up with targets of -1: not counted."""
     def __init__(self, tokens, bos_id, c, rank=0, world_size=1):
-        if len(tokens) < c.train_tokens:
-            raise Stop(f"--train_tokens {c.train_tokens}: the training shard holds only {len(tokens)}; lower it")
+        require(len(tokens) >= c.train_tokens, f"--train_tokens {c.train_tokens}: the training shard holds only {len(tokens)}; lower it")
         self.tokens = tokens[:c.train_tokens]
         starts = np.union1d([0], np.flatnonzero(self.tokens == bos_id))
         self.starts, self.lengths = starts, np.diff(np.append(starts, len(self.tokens)))
         self.T, self.seed, self.bos_id = c.seq_len, c.seed, bos_id
         self.rows_per_epoch = -(-(len(self.tokens) - 1) // self.T)  # ceil: the first token of an epoch is no target
         self.batch_rows = c.batch_tokens // self.T
-        share = self.batch_rows // world_size
-        self.share = range(rank * share, (rank + 1) * share)
+        self.share = range(rank * self.batch_rows // world_size, (rank + 1) * self.batch_rows // world_size)
         self.steps = max(1, int(c.epochs * self.rows_per_epoch) // self.batch_rows)
         self.epoch = None
 
     def start_epoch(self, epoch):
         rng = np.random.default_rng((self.seed, epoch))
-        shuffled, placed, order, filled, of_length = rng.permutation(len(self.starts)), set(), [], 0, defaultdict(list)
+        shuffled, placed, order, filled, of_length = rng.permutation(len(self.starts)), set(), [], 0, {}
         for d in shuffled:
-            of_length[self.lengths[d]].append(d)
+            of_length.setdefault(self.lengths[d], []).append(d)
         for d in shuffled:
             while d not in placed:
-                fitting = of_length[-filled % self.T]  # what would end with its row
+                fitting = of_length.get(-filled % self.T)  # what would end with its row
                 while fitting and fitting[-1] in placed:
                     fitting.pop()
                 order.append(fitting.pop() if fitting else d)
@@ -377,8 +377,8 @@ def param_shapes(c, vocab_size):
             **({"mix": (L, 2)} if c.x0_mix else {}), **({"skip": (L // 2,)} if c.unet and L > 1 else {})}
 
 def init_params(c, vocab_size):
-    """Float32 parameters on the CPU. Output projections start at zero, so every layer starts as the identity; the head
-    starts near zero, so the first loss is ln(vocab_size). Values as nanochat and Slowrun have them."""
+    """Float32 parameters on the CPU. Output projections start at zero, so layers start as the identity; the head starts
+    near zero, so the first loss is ln(vocab_size). Values as nanochat and Slowrun have them."""
     g, bound = torch.Generator().manual_seed(c.seed), (3 / c.n_embd) ** 0.5  # uniform with variance 1 / fan_in
     p = {name: torch.zeros(shape) for name, shape in param_shapes(c, vocab_size).items()}
     p["wte"].normal_(0, 1, generator=g)
@@ -406,8 +406,8 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 def attention_masks(tokens, bos_id, windows, impl, dtype):
-    """What attention() needs for each window size: token i sees token j if j <= i, i - j < window, and no document begins
-    after j up to i. tokens [B, T] -> {window: mask}; all implementations describe the same set of pairs."""
+    """What attention() needs for each window size, the same pairs for every implementation: token i sees token j if j <= i,
+    i - j < window, and no document begins after j up to i. tokens [B, T] -> {window: mask}."""
     B, T = tokens.shape
     if impl == "varlen":  # rows and documents are sequences of one long batch
         starts = tokens == bos_id
@@ -426,8 +426,8 @@ def attention_masks(tokens, bos_id, windows, impl, dtype):
         banded = 2 * w <= T and T % w == 0
         documents_q = document.unflatten(1, (-1, w)) if banded else document[:, None]  # [B, blocks, queries]
         documents_k = with_block_before(document, w) if banded else document[:, None]  # [B, blocks, keys]
-        n_q, n_k = documents_q.size(2), documents_k.size(2)
-        distance = torch.arange(n_q, device=tokens.device)[:, None] + n_k - n_q - torch.arange(n_k, device=tokens.device)
+        n_k = documents_k.size(2)
+        distance = torch.arange(n_k - documents_q.size(2), n_k, device=tokens.device)[:, None] - torch.arange(n_k, device=tokens.device)
         forbidden = (documents_q[..., None] != documents_k[:, :, None]) | ((distance < 0) | (distance >= w))
         # added to the scores: SDPA would turn a mask of booleans into this anew in every layer
         masks[w] = torch.zeros(forbidden.shape, dtype=dtype, device=tokens.device).masked_fill_(forbidden, -math.inf).flatten(0, 1)[:, None]
@@ -437,8 +437,6 @@ def with_block_before(x, w):
     """[B, T, ...] -> [B, T/w, 2w, ...]: each block of w tokens behind the one before it; zeros stand before the first."""
     blocks = x.unflatten(1, (-1, w))
     return torch.cat([F.pad(blocks, (0, 0) * (blocks.dim() - 2) + (1, 0))[:, :-1], blocks], dim=2)
-
-compiled_flex = torch.compile(flex.flex_attention)  # without a compiler it would write out every score
 
 def attention(q, k, v, mask, impl):
     """Softmax attention, scaled by head_dim ** -0.5, over the pairs that `mask` (of attention_masks) allows.
@@ -499,7 +497,7 @@ def forward(p, tokens, c, m, bos_id, phase, drop=None):
     # every bank is cast and taken apart once per pass, not once per use
     banks = {name: p[name].to(m.dtype).unbind(0) for name in p if name not in ("wte", "lm_head", "skip")}
     dropout = c.dropout if drop is not None else 0.0
-    run_block = m.block if drop is not None else block  # scoring comes in all shapes: not worth compiling
+    run_block = m.block if drop is not None else block  # scoring comes in all shapes, not worth compiling
     x = x0 = norm(F.embedding(tokens, p["wte"]).to(m.dtype))
     skips = {}
     for i, window in zip(layers, windows):
@@ -549,7 +547,6 @@ def objective_chunk(h, w, targets, softcap):
 class ChunkedObjective(torch.autograd.Function):
     """The logits of a chunk and their gradient are made in the forward pass and dropped; what stays is the gradient of h and
     of w. Three matrix products, as many as the plain way needs, and never more than [chunk, V] in memory."""
-
     @staticmethod
     def forward(ctx, h, w, targets, softcap, scale, chunk, objective_chunk):
         grad_h, grad_w = torch.empty_like(h), torch.zeros(w.shape, dtype=torch.float32, device=w.device)
@@ -577,11 +574,8 @@ def objective(h, w, targets, c, m, scale):
 
 def token_nll(h, w, targets, c):
     """-log p(target) of every token in nats, float32 [N]: the scoring side of objective(). h [N, D], targets [N]."""
-    w, nll = w.to(h.dtype), []
-    for part, target in zip(h.split(c.loss_chunk), targets.split(c.loss_chunk)):
-        logits = head_logits(part, w, c.softcap)
-        nll.append(logits.logsumexp(-1) - logits.gather(1, target[:, None])[:, 0])
-    return torch.cat(nll)
+    logits = (head_logits(part, w.to(h.dtype), c.softcap) for part in h.split(c.loss_chunk))
+    return torch.cat([z.logsumexp(-1) - z.gather(1, y[:, None])[:, 0] for z, y in zip(logits, targets.split(c.loss_chunk))])
 
 # ---- optimizer --------------------------------------------------------------------------------------------------------
 
@@ -624,12 +618,10 @@ def adamw_update(w, grad, m1, m2, lr, wd, beta1, beta2, step, eps=1e-10):
     w.mul_(1 - lr * wd).sub_(lr * update)
 
 class MuonAdamW:
-    """Muon for the banks of matrices, AdamW for the rest, each rank updating its share of every parameter.
-
-    A parameter is seen as rows [n, ...]: single matrices for Muon, single numbers for AdamW. Rank r owns rows
-    [r * per, (r + 1) * per) with per = ceil(n / world_size), and keeps optimizer state for these alone. A step sums the
-    gradients onto their owners, updates there, and sends the result to everyone; one rank owns all and sends nothing."""
-
+    """Muon for the banks of matrices, AdamW for the rest, each rank updating its share of every parameter. A parameter is seen as
+    rows [n, ...]: single matrices for Muon, single numbers for AdamW. Rank r owns rows [r * per, (r + 1) * per) with
+    per = ceil(n / world_size), and keeps optimizer state for these alone. A step sums the gradients onto their owners, updates
+    there, and sends the result to everyone; one rank owns all and sends nothing."""
     def __init__(self, p, c, m):
         self.p, self.c, self.m, self.state = p, c, m, {}
         for name, w in p.items():
@@ -659,12 +651,11 @@ class MuonAdamW:
         c, world, sums = self.c, self.m.world_size, {}
         for name, w in self.p.items():  # all sums are under way before the first update needs one
             grad, per = self.rows(name, w.grad), len(self.state[name][0])
+            own, work = grad, None
             if world > 1:
                 own = torch.empty(per, *grad.shape[1:], device=grad.device)
-                sums[name] = own, reduce_scatter(own, self.pad(grad, per * world), async_op=True)
-            else:
-                sums[name] = grad, None
-            w.grad = None
+                work = reduce_scatter(own, self.pad(grad, per * world), async_op=True)
+            sums[name], w.grad = (own, work), None
         for name, w in self.p.items():
             (grad, work), (first, second), rows = sums.pop(name), self.state[name], self.rows(name, w)
             if work:
@@ -693,21 +684,7 @@ class MuonAdamW:
                 mine = whole[self.m.rank * len(own):(self.m.rank + 1) * len(own)]
                 own[:len(mine)].copy_(mine)
 
-# torch 2.13 renamed these two
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 # ---- schedules: pure functions of the fraction of training that is done, in [0, 1) ------------------------------------
-
-def parse_points(text):
-    """'0:1,0.5:0.1' -> [(0.0, 1.0), (0.5, 0.1)]."""
-    try:
-        points = [tuple(float(v) for v in point.split(":")) for point in text.split(",")]
-        if any(len(point) != 2 or not all(map(math.isfinite, point)) for point in points) or points != sorted(points):
-            raise ValueError
-    except ValueError:
-        raise Stop(f"--wd_points {text}: write fraction:multiple pairs in rising order, such as 0:1,0.5:0.1,1:1.5")
-    return points
 
 def lr_schedule(done, c):
     """Warmup, hold, warmdown: the multiple of every learning rate. `done` is taken at the middle of a step, so that
@@ -723,8 +700,10 @@ def momentum_schedule(done, c):
     return c.momentum_start + (c.muon_momentum - c.momentum_start) * warm
 
 def wd_schedule(done, c):
-    at, values = zip(*parse_points(c.wd_points))
-    return float(np.interp(done, at, values))
+    return float(np.interp(done, *zip(*wd_points(c))))
+
+def wd_points(c):
+    return [tuple(map(float, point.split(":"))) for point in c.wd_points.split(",")]
 
 def phase_schedule(done, c):
     """(layers, long window): which layers run, in order, and how far the long-window layers see."""
@@ -779,8 +758,6 @@ def load_tensors(path):
 def save_state(run, p, optimizer, progress, log, m):
     """Everything that training needs to go on as if it had never stopped. progress: step, seconds on the track's clock over
     all parts of the run, seconds of compilation beside it, and the length of the log so far."""
-    if not all(w.isfinite().all() for w in p.values()):  # the same on every rank
-        raise Stop(f"step {progress['step']}: the weights are no longer finite; {last_good(run)}", 1)
     optimizer_state = optimizer.state_dict()  # every rank takes part in this
     if m.rank == 0:
         progress["log_bytes"] = log.sync()
@@ -794,8 +771,8 @@ def load_state(run, p, optimizer):
         if state is None:
             print(f"{path}: damaged, going back to the checkpoint before it", file=sys.stderr)
             continue
-        if state["source"] != SOURCE_SHA256:
-            raise Stop(f"--resume {run}: {SCRIPT} has changed since this run began; restore the source that its log.txt holds")
+        require(state["source"] == SOURCE_SHA256,
+                f"--resume {run}: {SCRIPT} has changed since this run began; restore the source that its log.txt holds")
         with torch.no_grad():
             for name, w in p.items():
                 w.copy_(state["params"][name])
@@ -803,34 +780,28 @@ def load_state(run, p, optimizer):
         return state["progress"]
     return {"step": 0, "seconds": 0.0, "compile_seconds": 0.0, "log_bytes": 0}
 
-def last_good(run):
-    files = saved(run, "state")
-    return f"the last good checkpoint is {files[-1]}" if files else "no checkpoint was written yet"
-
 def read_run(run):
     """(Config, steps or None, meta of its data) of a run folder."""
-    return read_json(run / "config.json", lambda stored: (make_config(stored["config"], 1), stored["steps"], check_meta(stored["data"])))
+    return read_json(run / "config.json", lambda stored: (make_config(stored["config"]), stored["steps"], check_meta(stored["data"])))
 
 def load_run(run, args):
     """(Config, machine, meta, final weights) of a run folder, the weights checked against the shapes of the config."""
     c, _, meta = read_run(run)
     files = saved(run, "weights")
-    if not files:
-        raise Stop(f"{run}: holds no final weights; finish the run with --resume {run}")
+    require(files, f"{run}: holds no final weights; finish the run with --resume {run}")
+    args.compile = "off"  # scoring comes in all shapes
     m, p = setup_machine(c, args), load_tensors(files[-1])
-    if not isinstance(p, dict) or {name: tuple(w.shape) for name, w in p.items()} != param_shapes(c, meta["vocab_size"]):
-        raise Stop(f"{files[-1]}: damaged, or not the weights that {run / 'config.json'} describes; train the run again")
+    require(isinstance(p, dict) and {name: tuple(w.shape) for name, w in p.items()} == param_shapes(c, meta["vocab_size"]),
+            f"{files[-1]}: damaged, or not the weights that {run / 'config.json'} describes; train the run again")
     return c, m, meta, {name: w.to(m.device, torch.float32) for name, w in p.items()}
 
 # ---- scoring ----------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def stream_nll(p, streams, c, m, bos_id, phase):
-    """Negative log-likelihood in nats of every token, float32 [n_streams, length], on every rank.
-
-    streams: ids [n_streams, length], rows independent of each other. A row is scored in consecutive windows of seq_len
-    without overlap: each token is predicted once, from the tokens before it in its window and the one before that. The first
-    token of a row has no context and gets 0."""
+    """Negative log-likelihood in nats of every token of independent streams of ids: [n_streams, length] -> float32, on every rank.
+    Consecutive windows of seq_len without overlap: each token is predicted once, from the tokens before it in its window and the
+    one before that. The first token of a stream has no context and gets 0."""
     n, length = streams.shape
     out = torch.zeros(n, length, device=m.device)
     n_full, rest = divmod(length - 1, c.seq_len)
@@ -851,20 +822,16 @@ def mean_nll(nll):
 
 def score_command(args):
     """--score RUN --tokens FILE --nll OUT.npy: the contract that a referee relies on."""
-    shard = not str(args.tokens).endswith(".npy")
-    if not args.tokens or not args.nll or args.nll.suffix != ".npy" or not args.nll.parent.is_dir():
-        raise Stop(f"--score: needs --tokens FILE and --nll OUT.npy in a folder that exists, not --tokens {args.tokens} --nll {args.nll}")
-    vocab_size = read_run(args.score)[2]["vocab_size"]
-    if shard:
-        streams = read_shard(args.tokens, vocab_size)[None]
-    else:
-        try:
-            streams = np.load(args.tokens, allow_pickle=False)
-        except (OSError, ValueError) as e:
-            raise Stop(f"--tokens {args.tokens}: cannot be read as an array of numbers ({first_line(e)})")
-        if streams.dtype != np.uint16 or streams.ndim != 2 or streams.size == 0:
-            raise Stop(f"--tokens {args.tokens}: {streams.dtype} {list(streams.shape)}, must be uint16 [n_streams, length]")
-        check_ids(streams, vocab_size, args.tokens)
+    require(args.tokens and args.nll and args.nll.suffix == ".npy" and args.nll.parent.is_dir(),
+            f"--score: needs --tokens FILE and --nll OUT.npy in a folder that exists, not --tokens {args.tokens} --nll {args.nll}")
+    vocab_size, shard = read_run(args.score)[2]["vocab_size"], args.tokens.suffix != ".npy"
+    try:
+        streams = read_shard(args.tokens, vocab_size)[None] if shard else np.load(args.tokens, allow_pickle=False)
+    except (OSError, ValueError) as e:
+        raise Stop(f"--tokens {args.tokens}: cannot be read as an array of numbers ({first_line(e)})")
+    require(streams.dtype == np.uint16 and streams.ndim == 2 and streams.size > 0,
+            f"--tokens {args.tokens}: {streams.dtype} {list(streams.shape)}, must be uint16 [n_streams, length]")
+    check_ids(streams, vocab_size, args.tokens)
     c, m, meta, p = load_run(args.score, args)
     nll = stream_nll(p, streams, c, m, meta["bos_id"], phase_schedule(1.0, c))
     if m.rank == 0:
@@ -893,13 +860,11 @@ def sample(p, c, m, meta, prompt, n_tokens, temperature=0.8):
 class Log:
     """log.txt of the run folder and the terminal, on rank 0. When a run goes on from a checkpoint, what was logged after it
     is cut off, so that the finished log reads as one run."""
-
     def __init__(self, run, m, length=0):
         self.file, self.shown = None, -math.inf
         if m.rank == 0:
-            self.file = open(run / "log.txt", "r+b" if length else "wb")
+            self.file = open(run / "log.txt", "ab")
             self.file.truncate(length)
-            self.file.seek(length)
 
     def __call__(self, line, show=True, pause=0.0):
         """pause: on the terminal only if nothing was for so many seconds."""
@@ -918,12 +883,12 @@ class Log:
 def hardware(m):
     if m.device.type == "cuda":
         return f"{m.world_size} x {torch.cuda.get_device_name(m.device)}"
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
-    names = [line.split(": ")[1] for line in cpuinfo if line.startswith("model name")]
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 def log_environment(log, m):
-    log(f"packages: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}; {platform.system()} {platform.machine()}")
+    log(f"packages: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}; {platform.platform()}")
     log(f"hardware: {hardware(m)}; {m.world_size} rank(s) of {torch.get_num_threads()} thread(s)")
     for name, why in m.why.items():
         log(f"{name}: {why}")
@@ -939,8 +904,7 @@ def train_pass(p, x, y, n_targets, c, m, bos_id, phase, seed):
     return loss.detach()
 
 def compile_all(p, loader, total, c, m, bos_id):
-    """Compile every phase of training on made-up tokens, before the first batch. Where the compiler does not work, go on
-    without it. Returns the seconds it took."""
+    """Compile every phase of training on made-up tokens; where that fails, go on without. Returns the seconds it took."""
     began = time.monotonic()
     if m.compiled:
         x = torch.randint(len(p["wte"]), (c.device_tokens // c.seq_len, c.seq_len), generator=torch.Generator().manual_seed(0))
@@ -986,8 +950,10 @@ def train(c, run, m, meta, loader, val_tokens, asked_to_stop, steps):
             loss += train_pass(p, xs, ys, n_targets, c, m, bos_id, phase, (c.seed, step, m.rank, i))
         optimizer.step(step, lr, wd_schedule(done, c), momentum_schedule(done, c))
         loss, stopping = all_reduce(m, torch.stack([loss, torch.tensor(float(bool(asked_to_stop)), device=m.device)])).tolist()
-        if not math.isfinite(loss):
-            raise Stop(f"step {step + 1}: the loss is {loss}; {last_good(run)}", 1)
+        saving = (step + 1) % c.save_every == 0 or step + 1 == total or stopping
+        if not math.isfinite(loss) or saving and not all(w.isfinite().all() for w in p.values()):  # the same on every rank
+            raise Stop(f"step {step + 1}: the loss is {loss:.4f} and no longer finite, or the weights are not; the last good checkpoint is "
+                       f"{(saved(run, 'state') or ['none, for it came before the first'])[-1]}", 1)
         now = time.monotonic()
         speed = (step + 1 - first) * c.batch_tokens / (now - began)
         progress |= {"step": step + 1, "seconds": earlier + now - START - compile_seconds}
@@ -997,7 +963,7 @@ def train(c, run, m, meta, loader, val_tokens, asked_to_stop, steps):
         if step + 1 in probe_at:
             nll = stream_nll(p, val_tokens[None, :c.probe_tokens], c, m, bos_id, phase)
             log(f"probe {step + 1}/{total} val_loss {mean_nll(nll):.4f} on the first {nll.size:,} tokens")
-        if (step + 1) % c.save_every == 0 or step + 1 == total or stopping:
+        if saving:
             save_state(run, p, optimizer, progress, log, m)
         if stopping:
             raise Stop(f"stopped at step {step + 1}/{total} and saved; go on with: python {SCRIPT} --resume {run}", 130)
@@ -1007,8 +973,7 @@ def finish(p, progress, total, log, c, run, m, meta, val_tokens, steps):
     """After the clock: save the final weights, score them, write the record."""
     if m.rank == 0:
         save_tensors(run, "weights", 0, {name: w.detach().cpu() for name, w in p.items()})
-    end, vocab_size = phase_schedule(1.0, c), meta["vocab_size"]
-    nll = stream_nll(p, val_tokens[None], c, m, meta["bos_id"], end)
+    nll = stream_nll(p, val_tokens[None], c, m, meta["bos_id"], phase_schedule(1.0, c))
     if m.rank > 0:
         return
     write_npy(run / "val_nll.npy", np.add.reduceat(nll[0].astype(np.float64), np.arange(0, nll.size, 1000)))
@@ -1017,17 +982,18 @@ def finish(p, progress, total, log, c, run, m, meta, val_tokens, steps):
         "val_loss": mean_nll(nll), "val_bpb": nll.sum(dtype=np.float64) / math.log(2) / meta["text_bytes"]["val"], "val_tokens": nll.size - 1,
         "train_seconds": progress["seconds"], "compile_seconds": progress["compile_seconds"], "steps": total, "train_tokens": c.train_tokens,
         "tokens_seen": total * c.batch_tokens, "parameters": sum(w.numel() for w in p.values()),
-        "train_flops": 3 * c.batch_tokens * sum(flops_per_token(c, vocab_size, phase_schedule((step + 0.5) / total, c)) for step in range(total)),
-        "score_flops_per_token": flops_per_token(c, vocab_size, end), "source_sha256": SOURCE_SHA256, "data_sha256": meta["sha256"],
+        "train_flops": 3 * c.batch_tokens * sum(
+            flops_per_token(c, meta["vocab_size"], phase_schedule((step + 0.5) / total, c)) for step in range(total)),
+        "score_flops_per_token": flops_per_token(c, meta["vocab_size"], phase_schedule(1.0, c)), "source_sha256": SOURCE_SHA256, "data_sha256": meta["sha256"],
         "hardware": hardware(m), "ranks": m.world_size, "threads": torch.get_num_threads(), "torch": torch.__version__,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if m.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(m.device)
-    log(f"trained for {progress['seconds']:.1f} s, {record['tokens_seen']:,} tokens seen, {record['train_flops']:.4g} FLOPs, peak memory {peak / 2 ** 20:.0f} MiB")
+    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated(m.device) if m.device.type == "cuda" else peak_rss
+    log(f"trained for {progress['seconds']:.1f} s, {record['tokens_seen']:,} tokens seen, {record['train_flops']:.4g} FLOPs, "
+        f"peak memory {peak / 2 ** 20:.0f} MiB")
     try:
         log(f"---- what the model writes on its own\n{sample(p, c, m, meta, '', 300)}\n----")
-    except Stop as e:  # a tokenizer that cannot be had does not spoil a finished run
+    except (Stop, ImportError) as e:  # a tokenizer that cannot be had does not spoil a finished run
         log(f"no sample: {e}")
     log(f"val_loss {record['val_loss']:.6f} nats per token, {record['val_bpb']:.6f} bits per byte, {record['val_tokens']:,} tokens scored")
     log(f"the run is in {run}")
@@ -1038,15 +1004,13 @@ def finish(p, progress, total, log, c, run, m, meta, val_tokens, steps):
 
 def train_command(given, args):
     """A new run, or the rest of one."""
-    world_size, run, steps = int(os.environ.get("WORLD_SIZE", 1)), args.resume, args.steps
+    run, steps = args.resume, args.steps
     if run:
         c, steps, meta = read_run(run)
-        check_config(c, world_size)
-        if (run / "record.json").exists():
-            raise Stop(f"--resume {run}: this run is finished, its score is in record.json")
+        require(not (run / "record.json").exists(), f"--resume {run}: this run is finished, its score is in record.json")
         m = setup_machine(c, args)
     else:
-        c = make_config(given, world_size)
+        c = make_config(given)
         m = setup_machine(c, args)
         c = dataclasses.replace(c, dtype="bf16" if m.dtype == torch.bfloat16 else "fp32")  # a resumed run must not choose anew
         meta = read_meta(c, m)
@@ -1083,15 +1047,14 @@ def parse_args(argv):
     what.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run that was stopped or killed")
     what.add_argument("--score", type=Path, metavar="RUN", help="score the tokens of --tokens with a run's model, write --nll")
     what.add_argument("--sample", type=Path, metavar="RUN", help="let a run's model write, after --prompt, --length tokens")
-    parser.add_argument("--tokens", metavar="FILE", help="a shard, or .npy uint16 [n_streams, length] of independent streams")
+    parser.add_argument("--tokens", type=Path, metavar="FILE", help="a shard, or .npy uint16 [n_streams, length] of independent streams")
     parser.add_argument("--nll", type=Path, metavar="OUT.npy", help="nats per token, in the shape of --tokens")
     parser.add_argument("--prompt", default="", metavar="TEXT")
     parser.add_argument("--length", type=int, default=500, metavar="N")
     parser.add_argument("--run_dir", type=Path, metavar="DIR", help="folder of a new run (default: runs/TRACK_TIME_SEED)")
     parser.add_argument("--steps", type=int, metavar="N", help="squeeze a new run into N steps: a trial, never a record")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--attention", default="auto", choices=["auto", "varlen", "flex", "sdpa"])
-    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
+    for name, choices in (("device", "auto cpu cuda"), ("attention", "auto varlen flex sdpa"), ("compile", "auto on off")):
+        parser.add_argument(f"--{name}", default="auto", choices=choices.split())
     recipe = parser.add_argument_group("recipe (the fields of Config, with the pocket track's defaults)")
     for f in dataclasses.fields(Config):
         recipe.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=str(f.default), **(
@@ -1099,23 +1062,20 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     run = args.resume or args.score or args.sample
-    if run and (given or args.run_dir or args.steps):
-        name = "--" + next(iter(given), "run_dir" if args.run_dir else "steps")
-        raise Stop(f"{name}: {run} has its own configuration, leave the option out")
-    if args.steps is not None and args.steps < 1:
-        raise Stop(f"--steps {args.steps}: must be 1 or more")
-    if args.run_dir and (args.run_dir / "config.json").exists():
-        raise Stop(f"--run_dir {args.run_dir}: already holds a run; go on with --resume {args.run_dir}, or name another folder")
+    unfit = [*given, *(name for name in ("run_dir", "steps") if getattr(args, name))]
+    require(not run or not unfit, f"--{unfit and unfit[0]}: {run} has its own configuration, leave the option out")
+    require(args.steps is None or args.steps > 0, f"--steps {args.steps}: must be 1 or more")
+    require(not args.run_dir or not (args.run_dir / "config.json").exists(),
+            f"--run_dir {args.run_dir}: already holds a run; go on with --resume {args.run_dir}, or name another folder")
     return given, args
 
-def make_config(given, world_size):
+def make_config(given):
     """The track's preset with the given values on top."""
     track = given.get("track", "pocket")
-    if track not in PRESETS:
-        raise Stop(f"--track {track}: choose one of {', '.join(PRESETS)}")
+    require(track in PRESETS, f"--track {track}: choose one of {', '.join(PRESETS)}")
     values = PRESETS[track] | {"track": track} | given
     c = Config(**{name: Config.__dataclass_fields__[name].type(value) for name, value in values.items()})
-    check_config(c, world_size)
+    check_config(c)
     return c
 
 def main():
@@ -1128,17 +1088,17 @@ def main():
             print(sample(p, c, m, meta, args.prompt, args.length))
         else:
             train_command(given, args)
-        message, status = None, 0
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
     except Stop as e:
-        message, status = str(e), e.status
+        message, status = (*e.args, 2)[:2]
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except OSError as e:  # reading is checked where it happens: this is a disk that is full, or may not be written
-        message, status = f"cannot write {e.filename or 'into the run folder'}: {e.strerror}; what was saved before is intact, go on with --resume", 1
-    if message and os.environ.get("RANK", "0") == "0":
+        message, status = f"cannot write {e.filename or 'into the run folder'}: {e.strerror}; what was saved before is intact, --resume goes on", 1
+    if os.environ.get("RANK", "0") == "0":
         print(f"{SCRIPT}: {message}", file=sys.stderr)
-    if dist.is_initialized() and not status:
-        dist.destroy_process_group()
     sys.exit(status)
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """The model's invariants, and each fast path against a plain one written here."""
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import flex_attention
 
 import train_gpt as t
 from conftest import TINY
@@ -45,7 +47,8 @@ def test_attention_is_a_masked_softmax(machine, window):
     torch.testing.assert_close(t.attention(q, k, v, mask, "sdpa"), plain_attention(q, k, v, tokens, window), atol=1e-5, rtol=1e-4)
 
 
-def test_flex_sees_the_same_pairs(machine):
+def test_flex_sees_the_same_pairs(machine, monkeypatch):
+    monkeypatch.setattr(t, "flex", flex_attention, raising=False)
     tokens = random_tokens(2, 256, device=machine.device)
     q, k, v = (torch.randn(2, 256, 2, 16, device=machine.device) for _ in range(3))
     for window in (50, 256):
@@ -71,7 +74,7 @@ def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, window_size):
 
 @pytest.mark.parametrize("bos_share", [0.0, 0.05, 0.9])
 def test_varlen_sees_the_same_pairs(monkeypatch, bos_share):
-    monkeypatch.setattr(t.varlen, "varlen_attn", plain_varlen)
+    monkeypatch.setattr(t, "varlen", SimpleNamespace(varlen_attn=plain_varlen), raising=False)
     tokens = random_tokens(2, 48, bos_share=bos_share)
     q, k, v = (torch.randn(2, 48, 3, 8) for _ in range(3))
     for window in (5, 48):

@@ -118,7 +118,8 @@ def test_ranks_train_the_same_model(runs_on_ranks, n):
     np.testing.assert_allclose(losses(many), losses(one), atol=2e-4)  # as printed, four decimals
     p, q = (t.load_tensors(t.saved(run, "weights")[-1]) for run in (one, many))
     for name in p:
-        torch.testing.assert_close(q[name], p[name], atol=2e-4, rtol=1e-3, msg=name)
+        # relative: rounding can flip the sign that cautious decay looks at in single weights; a matrix that missed one update is 1e-2 off
+        assert (q[name] - p[name]).norm() / p[name].norm() < 2e-4, name
     np.testing.assert_allclose(np.load(many / "val_nll.npy"), np.load(one / "val_nll.npy"), rtol=1e-5)
     a, b = (json.loads((run / "record.json").read_text()) for run in (one, many))
     assert (a["ranks"], b["ranks"]) == (1, n) and a["tokens_seen"] == b["tokens_seen"]
