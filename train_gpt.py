@@ -161,15 +161,14 @@ def check_config(c):
     require(c.loop_times == 0 or c.loop_first <= c.loop_last < c.n_layer,
             f"--loop_first {c.loop_first} --loop_last {c.loop_last}: not a range of the model's layers 0 to {c.n_layer - 1}")
     require(c.dtype in ("auto", "bf16", "fp32"), f"--dtype {c.dtype}: choose auto, bf16 or fp32")
-    number = r"(\d+\.?\d*|\.\d+)"
-    require(re.fullmatch(f"{number}:{number}(,{number}:{number})*", c.wd_points) and wd_points(c) == sorted(wd_points(c)),
+    pair = r"(\d+\.?\d*|\.\d+):(\d+\.?\d*|\.\d+)"
+    require(re.fullmatch(f"{pair}(,{pair})*", c.wd_points) and wd_points(c) == sorted(wd_points(c)),
             f"--wd_points {c.wd_points}: write fraction:multiple pairs in rising order, such as 0:1,0.5:0.1,1:1.5")
 
 # ---- machine ----------------------------------------------------------------------------------------------------------
 
 @dataclasses.dataclass
-class Machine:
-    """What this process runs on, and what follows from it."""
+class Machine:  # what this process runs on, and what follows from it
     device: torch.device
     dtype: torch.dtype     # of activations, and of matrices while they are multiplied; parameters stay float32
     rank: int = 0
@@ -194,7 +193,7 @@ def setup_machine(c, args):
         device = torch.device("cpu")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, min(c.cpu_threads, cores) // local_world_size))
-        fast, why = torch.cpu._is_amx_tile_supported(), "AMX"
+        fast, why = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False), "AMX"
     if world_size > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     bf16 = fast if c.dtype == "auto" else c.dtype == "bf16"
@@ -887,12 +886,6 @@ def hardware(m):
     names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
-def log_environment(log, m):
-    log(f"packages: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}; {platform.platform()}")
-    log(f"hardware: {hardware(m)}; {m.world_size} rank(s) of {torch.get_num_threads()} thread(s)")
-    for name, why in m.why.items():
-        log(f"{name}: {why}")
-
 def train_pass(p, x, y, n_targets, c, m, bos_id, phase, seed):
     """Forward and backward of one micro-batch; gradients add up in p[name].grad. Returns its part of the mean loss."""
     number = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -920,8 +913,7 @@ def compile_all(p, loader, total, c, m, bos_id):
 
 def train(c, run, m, meta, loader, val_tokens, asked_to_stop, steps):
     """Train a run from its last checkpoint, or from the start. Returns (weights, progress, number of steps, Log)."""
-    bos_id = meta["bos_id"]
-    total = min(loader.steps, steps or loader.steps)
+    bos_id, total = meta["bos_id"], min(loader.steps, steps or loader.steps)
     p = {name: w.to(m.device).requires_grad_() for name, w in init_params(c, meta["vocab_size"]).items()}
     optimizer = MuonAdamW(p, c, m)
     progress = load_state(run, p, optimizer)
@@ -934,7 +926,9 @@ def train(c, run, m, meta, loader, val_tokens, asked_to_stop, steps):
         log(f"run {run}: track {c.track}, {sum(w.numel() for w in p.values()):,} parameters, {total} steps of {c.batch_tokens:,} tokens, "
             f"{c.epochs:g} epochs of {c.train_tokens:,}, seed {c.seed}")
     compile_seconds = compile_all(p, loader, total, c, m, bos_id)
-    log_environment(log, m)
+    log(f"packages: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}; {platform.platform()}")
+    log(f"hardware: {hardware(m)}; {m.world_size} rank(s) of {torch.get_num_threads()} thread(s)")
+    log("\n".join(f"{name}: {why}" for name, why in m.why.items()))
     log(f"compilation took {compile_seconds:.1f} s, which the clock leaves out")
 
     first, earlier = progress["step"], progress["seconds"]
@@ -1029,8 +1023,8 @@ def train_command(given, args):
         if asked_to_stop:  # for the second time, or with training over: nothing more to save
             raise Stop(f"stopped; go on with: python {SCRIPT} --resume {run}", 130)
         asked_to_stop.append(number)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
     trained = train(c, run, m, meta, loader, val_tokens, asked_to_stop, steps)
     asked_to_stop.append(None)
     finish(*trained, c, run, m, meta, val_tokens, steps)
