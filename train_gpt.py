@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from tqdm import tqdm
 if torch.cuda.is_available():  # neither trains on a CPU, and they take seconds to import
     from torch.nn.attention import flex_attention as flex, varlen
     compiled_flex = torch.compile(flex.flex_attention)  # uncompiled, it writes out every score
@@ -45,9 +46,8 @@ HERE, SCRIPT = Path(__file__).resolve().parent, Path(__file__).name
 SOURCE = Path(__file__).read_bytes()  # read at the start, so that the log shows what runs and not a later edit
 SOURCE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
 
-# torch 2.13 renamed these two
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # both renamed in torch 2.13
 
 class Stop(Exception):
     """Stop(message, status): the process ends here, with one line that says why and how to go on. Status 2, also where it is left
@@ -90,7 +90,7 @@ class Config:
     epochs: float = 8.0            # passes over train_tokens
     batch_tokens: int = 8192       # tokens per optimizer step, over all ranks
     device_tokens: int = 8192      # tokens per forward pass of one rank; smaller saves memory, costs speed
-    loss_chunk: int = 2048         # tokens whose logits exist at the same time
+    loss_chunk: int = 1024         # tokens whose logits exist at the same time
     muon_lr: float = 0.02          # the attention and MLP matrices
     muon_momentum: float = 0.95
     momentum_start: float = 0.85   # momentum rises from here to muon_momentum ...
@@ -132,8 +132,7 @@ PRESETS = {  # shapes and recipes of the FineWeb tracks: the published Slowrun r
                            wd_points="0:1,0.125:1,0.5:0.125,1:1.5625", device_tokens=65_536),
     "limited": DEEP | dict(epochs=11, loop_last=20, loop_times=1, loop_from=0.64),
     "two_hour": DEEP,
-    "unlimited": DEEP | dict(n_embd=2048, n_head=16, mlp_hidden=5632, loop_times=4),
-}
+    "unlimited": DEEP | dict(n_embd=2048, n_head=16, mlp_hidden=5632, loop_times=4)}
 
 def check_config(c):
     """Refuse what cannot be trained, before anything is loaded."""
@@ -309,12 +308,11 @@ class Loader:
         self.tokens = tokens[:c.train_tokens]
         starts = np.union1d([0], np.flatnonzero(self.tokens == bos_id))
         self.starts, self.lengths = starts, np.diff(np.append(starts, len(self.tokens)))
-        self.T, self.seed, self.bos_id = c.seq_len, c.seed, bos_id
+        self.T, self.seed, self.bos_id, self.epoch = c.seq_len, c.seed, bos_id, None
         self.rows_per_epoch = -(-(len(self.tokens) - 1) // self.T)  # ceil: the first token of an epoch is no target
         self.batch_rows = c.batch_tokens // self.T
         self.share = range(rank * self.batch_rows // world_size, (rank + 1) * self.batch_rows // world_size)
         self.steps = max(1, int(c.epochs * self.rows_per_epoch) // self.batch_rows)
-        self.epoch = None
 
     def start_epoch(self, epoch):
         rng = np.random.default_rng((self.seed, epoch))
@@ -807,7 +805,8 @@ def stream_nll(p, streams, c, m, bos_id, phase):
     for first, count, T in ((0, n_full, c.seq_len), (n_full, 1, rest)):  # whole windows, then what is left of each row
         windows = [(row, i * c.seq_len) for row in range(n) for i in range(first, first + count)][m.rank::m.world_size] if T else []
         rows = max(1, c.device_tokens // max(T, 1))
-        for part in (windows[i:i + rows] for i in range(0, len(windows), rows)):
+        for i in tqdm(range(0, len(windows), rows), "scoring", unit="batch", delay=3, leave=False, disable=m.rank > 0):
+            part = windows[i:i + rows]
             ids = torch.from_numpy(np.stack([streams[row, at:at + T + 1] for row, at in part]).astype(np.int64)).to(m.device)
             h = forward(p, ids[:, :-1], c, m, bos_id, phase)
             nll = token_nll(h.flatten(0, 1), p["lm_head"], ids[:, 1:].flatten(), c).view(len(part), T)
@@ -882,8 +881,7 @@ class Log:
 def hardware(m):
     if m.device.type == "cuda":
         return f"{m.world_size} x {torch.cuda.get_device_name(m.device)}"
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc/cpuinfo") else []
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 def train_pass(p, x, y, n_targets, c, m, bos_id, phase, seed):
@@ -900,6 +898,8 @@ def compile_all(p, loader, total, c, m, bos_id):
     """Compile every phase of training on made-up tokens; where that fails, go on without. Returns the seconds it took."""
     began = time.monotonic()
     if m.compiled:
+        if m.rank == 0:
+            print("compiling, for half a minute or so ...", flush=True)
         x = torch.randint(len(p["wte"]), (c.device_tokens // c.seq_len, c.seq_len), generator=torch.Generator().manual_seed(0))
         try:
             for phase in sorted({phase_schedule((step + 0.5) / total, c) for step in range(total)}):
@@ -925,11 +925,11 @@ def train(c, run, m, meta, loader, val_tokens, asked_to_stop, steps):
         log(f"config {json.dumps(dataclasses.asdict(c))}\ndata {json.dumps(meta)}", show=False)
         log(f"run {run}: track {c.track}, {sum(w.numel() for w in p.values()):,} parameters, {total} steps of {c.batch_tokens:,} tokens, "
             f"{c.epochs:g} epochs of {c.train_tokens:,}, seed {c.seed}")
-    compile_seconds = compile_all(p, loader, total, c, m, bos_id)
     log(f"packages: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}; {platform.platform()}")
     log(f"hardware: {hardware(m)}; {m.world_size} rank(s) of {torch.get_num_threads()} thread(s)")
-    log("\n".join(f"{name}: {why}" for name, why in m.why.items()))
-    log(f"compilation took {compile_seconds:.1f} s, which the clock leaves out")
+    log(f"dtype: {m.why['dtype']}\nattention: {m.why['attention']}")
+    compile_seconds = compile_all(p, loader, total, c, m, bos_id)
+    log(f"compiled: {m.why['compiled']}; {compile_seconds:.1f} s, which the clock leaves out")
 
     first, earlier = progress["step"], progress["seconds"]
     progress["compile_seconds"] += compile_seconds
