@@ -953,7 +953,7 @@ def train(c, run, m, meta, loader, val_tokens, asked_to_stop, steps):
         progress |= {"step": step + 1, "seconds": earlier + now - START - compile_seconds}
         log(f"step {step + 1}/{total} epoch {(step + 1) * loader.batch_rows / loader.rows_per_epoch:.3f} loss {loss:.4f} "
             f"lr {lr * c.muon_lr:.5f} tok/s {speed:.0f} time {progress['seconds']:.1f}s "
-            f"left {(total - step - 1) * c.batch_tokens / speed:.0f}s", pause=2.0)
+            f"left {(total - step - 1) * c.batch_tokens / speed:.0f}s", pause=2.0 * (step + 1 < total))
         if step + 1 in probe_at:
             nll = stream_nll(p, val_tokens[None, :c.probe_tokens], c, m, bos_id, phase)
             log(f"probe {step + 1}/{total} val_loss {mean_nll(nll):.4f} on the first {nll.size:,} tokens")
@@ -1050,14 +1050,14 @@ def parse_args(argv):
     for name, choices in (("device", "auto cpu cuda"), ("attention", "auto varlen flex sdpa"), ("compile", "auto on off")):
         parser.add_argument(f"--{name}", default="auto", choices=choices.split())
     recipe = parser.add_argument_group("recipe (the fields of Config, with the pocket track's defaults)")
+    comments = dict(re.findall(r"^    (\w+): \w+ = [^#\n]*# (.*)$", SOURCE.decode(), re.MULTILINE))
     for f in dataclasses.fields(Config):
-        recipe.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=str(f.default), **(
+        recipe.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{comments.get(f.name, '')} [{f.default}]", **(
             dict(type=int, choices=(0, 1)) if f.type is bool else dict(type=f.type, metavar={int: "N", float: "X", str: "TEXT"}[f.type])))
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
-    run = args.resume or args.score or args.sample
     unfit = [*given, *(name for name in ("run_dir", "steps") if getattr(args, name))]
-    require(not run or not unfit, f"--{unfit and unfit[0]}: {run} has its own configuration, leave the option out")
+    require(not unfit or not (args.resume or args.score or args.sample), f"--{unfit and unfit[0]}: a run keeps its configuration, leave it out")
     require(args.steps is None or args.steps > 0, f"--steps {args.steps}: must be 1 or more")
     require(not args.run_dir or not (args.run_dir / "config.json").exists(),
             f"--run_dir {args.run_dir}: already holds a run; go on with --resume {args.run_dir}, or name another folder")

@@ -3,6 +3,7 @@ Speed and memory of train_gpt.py against a plain PyTorch model of the same shape
 
     python tests/bench.py                          # speed at the pocket track's shape, memory at GPT-2's vocabulary
     python tests/bench.py --n_layer 12 --n_embd 768 --n_head 6 --mlp_hidden 2048 --vocab 50304
+    python tests/bench.py --loss 0.003             # one epoch of AdamW at this rate: the plain model's loss on pocket
 
 The plain model is what one writes first: nn.Module layers, SDPA with is_causal, SwiGLU, full logits, F.cross_entropy,
 torch.optim.AdamW, autocast to the same dtype, with and without torch.compile. It leaves out this script's gates,
@@ -11,6 +12,7 @@ value projections, skips and document masks, so it has the lighter job. Prints f
 import argparse
 import dataclasses
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -18,6 +20,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -52,7 +55,7 @@ class PlainGPT(nn.Module):
         h = self.wte(x) + self.wpe.weight[:x.size(1)]
         for layer in self.layers:
             h = layer(h)
-        return F.cross_entropy(self.head(self.norm(h)).flatten(0, 1).float(), y.flatten())
+        return F.cross_entropy(self.head(self.norm(h)).flatten(0, 1).float(), y.flatten(), ignore_index=-1)
 
 
 def make_step(which, c, m, vocab):
@@ -111,6 +114,38 @@ def speed(c, m, vocab, rounds, steps):
             print(f"{a} / {b}: {statistics.median(ratios):.2f} times the tokens per second ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
+def plain_loss(c, m, lr):
+    """Validation loss of the plain model after one epoch of the pocket track: AdamW (0.9, 0.95), weight decay 0.1, a tenth of
+    warmup, cosine to zero, gradients clipped at 1."""
+    meta = t.read_meta(c, m)
+    train, val = (t.read_shard(t.data_folder(c) / name, meta["vocab_size"]) for name in ("train.bin", "val.bin"))
+    loader = t.Loader(train, meta["bos_id"], c)
+    torch.manual_seed(c.seed)
+    model = PlainGPT(c, meta["vocab_size"]).to(m.device)
+    for name, w in model.named_parameters():
+        if w.dim() == 2:
+            nn.init.normal_(w, 0, 0.02 / (2 * c.n_layer) ** 0.5 if name.endswith(("o.weight", "down.weight")) else 0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    cast = torch.autocast(m.device.type, m.dtype, enabled=m.dtype != torch.float32)
+    for step in range(loader.steps):
+        done = (step + 0.5) / loader.steps
+        optimizer.param_groups[0]["lr"] = lr * (done / 0.1 if done < 0.1 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9))
+        x, y, _ = loader.batch(step)
+        with cast:
+            loss = model(x.to(m.device), y.to(m.device))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    n, T, total = len(val) - 1, c.seq_len, 0.0
+    with torch.no_grad(), cast:
+        for i in range(0, n, T):
+            part = torch.from_numpy(val[i:i + T + 1].astype(np.int64)).to(m.device)
+            total += model(part[None, :-1], part[None, 1:]).item() * (len(part) - 1)
+    print(f"plain model, {sum(w.numel() for w in model.parameters()):,} parameters, one epoch of AdamW, lr {lr:g}, batches of {c.batch_tokens:,} tokens, "
+          f"seed {c.seed}: val_loss {total / n:.4f}")
+
+
 def peak_memory(which, c, m, vocab):
     """Peak bytes of a process that takes two steps, and what it held before the first."""
     if m.device.type == "cuda":
@@ -127,6 +162,8 @@ def main():
     parser.add_argument("--memory_vocab", type=int, default=50304)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--loss", type=float, metavar="LR")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)
     for option in ("device", "attention", "compile"):
         parser.add_argument(f"--{option}", default="auto")
@@ -136,6 +173,9 @@ def main():
     args = parser.parse_args()
     c = t.Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(t.Config) if hasattr(args, f.name)}, device_tokens=args.batch_tokens)
     m = t.setup_machine(c, args)
+    if args.loss:
+        plain_loss(dataclasses.replace(c, epochs=1.0), m, args.loss)
+        return
     if args.memory_of:
         print(json.dumps(peak_memory(args.memory_of, c, m, args.memory_vocab)))
         return

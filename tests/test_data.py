@@ -1,5 +1,6 @@
 """Shards, splits, and the loader's promises."""
 import json
+import os
 
 import numpy as np
 import pytest
@@ -182,15 +183,22 @@ def test_bad_text_is_one_line(tmp_path, capsys, content, options, message):
     assert status == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR names no folder with GPT-2's vocabulary, and tests fetch nothing")
 def test_gpt2_tokens(tmp_path, capsys):
-    """The same shards with GPT-2's vocabulary, where tiktoken has it or can fetch it."""
-    try:
-        e = prepare.get_encoding("gpt2")
-    except prepare.DataError as reason:
-        pytest.skip(str(reason))
+    """The same shards with GPT-2's vocabulary."""
+    e = prepare.get_encoding("gpt2")
     assert (e.n_vocab, e.eot_token) == (50257, 50256)
     text = "".join(f"Sentence number {i} of this text.\n" for i in range(20_000))
     (tmp_path / "a.txt").write_text(text)
     assert run_prepare(capsys, "text", tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", "gpt2")[0] == 0
     meta, val = json.loads((tmp_path / "out" / "meta.json").read_text()), tokens_of(tmp_path / "out" / "val.bin")
     assert meta["vocab_size"] == 50257 and meta["text_bytes"]["val"] == len(e.decode([int(i) for i in val if i != e.eot_token]).encode())
+
+
+def test_gpt2_without_its_vocabulary_is_one_line(tmp_path, capsys, monkeypatch):
+    def fail(name):
+        raise ConnectionError("no network")
+    monkeypatch.setattr(prepare.tiktoken, "get_encoding", fail)
+    (tmp_path / "a.txt").write_text("x\n" * 50_000)
+    status, err = run_prepare(capsys, "text", tmp_path / "a.txt", "--out", tmp_path / "out", "--tokenizer", "gpt2")
+    assert status == 2 and "TIKTOKEN_CACHE_DIR" in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
