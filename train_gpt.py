@@ -524,21 +524,19 @@ def flops_per_token(c, vocab_size, phase):
 
 def head_logits(h, w, softcap):
     """Float32 logits [n, V] of hidden states [n, D] under the head [V, D]."""
-    return softcap * torch.tanh(F.linear(h, w).float() / softcap)
+    return F.linear(h, w).float().div_(softcap).tanh_().mul_(softcap)
 
 def objective_chunk(h, w, targets, softcap):
     """Cross-entropy of one chunk of tokens, and its gradient with respect to the logits before the softcap.
 
     h [n, D], w [V, D], targets [n, K]: each token's K targets count alike; -1 counts nothing.
     Returns the sum of the losses in nats (float32) and the gradient, [n, V] in h's dtype."""
-    logits = head_logits(h, w, softcap)
-    counted = targets >= 0
-    index = targets.clamp_min(0)
+    logits = head_logits(h, w, softcap)  # what follows works in place: fresh memory of this size costs more than the arithmetic
+    counted, index = targets >= 0, targets.clamp_min(0)
     lse = logits.logsumexp(-1, keepdim=True)
     loss = ((lse - logits.gather(1, index)) * counted).sum()
-    grad = torch.exp(logits - lse) * counted.sum(1, keepdim=True)
-    grad = grad.scatter_add(1, index, -counted.to(grad.dtype))
-    grad = grad * (1 - (logits / softcap).square())
+    slope = logits.square().mul_(-1 / softcap ** 2).add_(1)  # of the softcap
+    grad = logits.sub_(lse).exp_().mul_(counted.sum(1, keepdim=True)).scatter_add_(1, index, -counted.float()).mul_(slope)
     return loss, grad.to(h.dtype)
 
 class ChunkedObjective(torch.autograd.Function):

@@ -148,12 +148,17 @@ def plain_loss(c, m, lr):
 
 def peak_memory(which, c, m, vocab):
     """Peak bytes of a process that takes two steps, and what it held before the first."""
-    if m.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    def peak():
+        if m.device.type == "cuda":
+            return torch.cuda.max_memory_allocated()
+        # Linux: ru_maxrss of a child begins at its parent's peak, VmHWM does not
+        status = Path("/proc/self/status")
+        lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")] if status.exists() else []
+        return int(lines[0].split()[1]) * 1024 if lines else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step = make_step(which, c, m, vocab)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak()
     step(), step()
-    return (torch.cuda.max_memory_allocated(), 0) if m.device.type == "cuda" else (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, before)
+    return peak(), before
 
 
 def main():
@@ -172,6 +177,8 @@ def main():
     parser.add_argument("--dtype", default="auto")
     args = parser.parse_args()
     c = t.Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(t.Config) if hasattr(args, f.name)}, device_tokens=args.batch_tokens)
+    if args.memory_of:
+        args.compile = "off"
     m = t.setup_machine(c, args)
     if args.loss:
         plain_loss(dataclasses.replace(c, epochs=1.0), m, args.loss)
