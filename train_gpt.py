@@ -10,7 +10,7 @@ Tokenrun: how low can validation loss go on a fixed budget of training tokens?
 
 A run leaves a folder: log.txt (this source, the environment, every step, the result), record.json, val_nll.npy and the
 weights. Sections in order: config, machine, data, model, objective, optimizer, schedules, checkpoint, scoring, training,
-main. Fork it, change anything; the only promise to keep is the command line of --score (records/README.md).
+main. Fork it, change anything; the only promise to keep is the command line of --score.
 """
 import time
 
@@ -109,11 +109,11 @@ class Config:
     final_lr: float = 0.0          # a multiple, like all lr schedules here
     window_grow: float = 0.0       # long windows are as short as the short ones for this fraction of training
     # housekeeping
-    probes: int = 8                # looks at validation during training, on its first probe_tokens
+    probes: int = 8                # validation is looked at after every such part of training, on its first probe_tokens
     probe_tokens: int = 40_000
     save_every: int = 100          # steps between checkpoints
     cpu_threads: int = 4           # at most; pocket's rules allow four cores
-    dtype: str = "auto"            # bf16, fp32, or auto: bf16 where the processor multiplies it in hardware
+    dtype: str = "auto"            # bf16, fp32, or auto: bf16 on GPUs and on CPUs with AMX; others are faster in fp32
 
 FINEWEB = dict(
     data="fineweb", train_tokens=100_000_000, seq_len=2048, window_short=1024, batch_tokens=524_288, device_tokens=16_384,
@@ -136,6 +136,7 @@ PRESETS = {  # shapes and recipes of the FineWeb tracks: the published Slowrun r
 
 def check_config(c):
     """Refuse what cannot be trained, before anything is loaded."""
+    below_one = {"dropout", "layer_drop", "loop_from", "window_grow"}  # at 1 nothing would be left, or the phase never come
     zero_is_fine = {"seed", "loop_first", "loop_last", "loop_times", "probes"}
     not_fractions = {"softcap", "epochs", "muon_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "warmdown_power", "final_lr"}
     for f in dataclasses.fields(c):
@@ -144,7 +145,8 @@ def check_config(c):
             require(value >= (f.name not in zero_is_fine), f"--{f.name} {value}: must be {0 if f.name in zero_is_fine else 1} or more")
         if f.type is float:
             require(math.isfinite(value) and value >= 0, f"--{f.name} {value}: must be a number, 0 or more")
-            require(value <= 1 or f.name in not_fractions, f"--{f.name} {value}: is a fraction, choose one from 0 to 1")
+            require(value < 1 or f.name in not_fractions or value == 1 and f.name not in below_one,
+                    f"--{f.name} {value:g}: is a fraction, choose one from 0 to {'below ' if f.name in below_one else ''}1")
     head_dim, rows = c.n_embd / c.n_head, c.batch_tokens / c.seq_len
     require(head_dim % 4 == 0,
             f"--n_embd {c.n_embd} --n_head {c.n_head}: heads of {head_dim:g} channels; half-rotated RoPE needs a multiple of 4")
@@ -155,7 +157,6 @@ def check_config(c):
     require(c.train_tokens > 1, f"--train_tokens {c.train_tokens}: must be 2 or more")
     require(c.window_pattern and not set(c.window_pattern) - set("SL"), f"--window_pattern {c.window_pattern!r}: write it in S and L")
     require(c.softcap > 0 and c.epochs > 0, f"--softcap {c.softcap:g} --epochs {c.epochs:g}: must be above 0")
-    require(c.dropout < 1 and c.layer_drop < 1, f"--dropout {c.dropout:g} --layer_drop {c.layer_drop:g}: at 1 nothing would be left")
     require(c.warmup + c.warmdown <= 1, f"--warmup {c.warmup:g} --warmdown {c.warmdown:g}: together more than all of training")
     require(c.loop_times == 0 or c.loop_first <= c.loop_last < c.n_layer,
             f"--loop_first {c.loop_first} --loop_last {c.loop_last}: not a range of the model's layers 0 to {c.n_layer - 1}")
@@ -183,7 +184,8 @@ def setup_machine(c, args):
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size, local_world_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
-    require(torch.cuda.is_available() or not cuda, "--device cuda: torch sees no GPU here; use --device cpu")
+    n_gpus = torch.cuda.device_count()
+    require(not cuda or local_rank < n_gpus, f"--device cuda: torch sees {n_gpus} GPU(s), none for rank {local_rank}; use --device cpu")
     if cuda:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -198,17 +200,17 @@ def setup_machine(c, args):
     bf16 = fast if c.dtype == "auto" else c.dtype == "bf16"
     m = Machine(device, torch.bfloat16 if bf16 else torch.float32, rank, world_size)
     m.why["dtype"] = f"{'bf16' if bf16 else 'fp32'} (the processor has {'' if fast else 'no '}{why})"
-    pick_attention(m, args.attention)
+    pick_attention(m, c, args.attention)
     set_compiled(m, args.compile)
     return m
 
-def pick_attention(m, wanted):
+def pick_attention(m, c, wanted):
     """The first of varlen flash attention, FlexAttention and SDPA that works here, tried forward and backward."""
     reasons, names = [], ("varlen", "flex", "sdpa") if m.device.type == "cuda" else ("sdpa",)
     require(wanted in ("auto", *names), f"--attention {wanted}: needs a GPU; use --attention sdpa")
     for name in names if wanted == "auto" else (wanted,):
         try:
-            q = torch.randn(2, 128, 2, 64, device=m.device, dtype=m.dtype, requires_grad=True)
+            q = torch.randn(2, 128, c.n_head, c.n_embd // c.n_head, device=m.device, dtype=m.dtype, requires_grad=True)
             masks = attention_masks(torch.zeros(2, 128, dtype=torch.long, device=m.device), 1, [64], name, m.dtype)
             attention(q, q, q, masks[64], name).sum().backward()
             m.attention, m.why["attention"] = name, f"{name} ({'; '.join(reasons) or 'the best that works here'})"
@@ -226,7 +228,7 @@ def set_compiled(m, wanted, failure=None):
         found, name = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"), "C++ compiler"
     require(found or wanted != "on", f"--compile on: there is no {name} here; install one, or use --compile auto")
     m.compiled = bool(found) and wanted != "off" and not failure
-    m.why["compiled"] = f"{'yes' if m.compiled else 'no'} ({failure or name + (' found' if found else ' not found')}, --compile {wanted})"
+    m.why["compiled"] = f"{'yes' if m.compiled else 'no'} ({failure or name + (' found' if found else ' not found') + f', --compile {wanted}'})"
     if m.compiled:
         torch._dynamo.config.recompile_limit = 64  # windows, phases and last micro-batches are shapes of their own
     m.block = torch.compile(block, dynamic=False) if m.compiled else block
@@ -264,7 +266,8 @@ def read_meta(c, m):
 
 def check_meta(meta):
     """meta, if it describes token shards; else KeyError, TypeError or ValueError."""
-    if not (0 <= meta["bos_id"] < meta["vocab_size"] <= 65536 and meta["text_bytes"]["val"] > 0 and len(meta["sha256"]["val.bin"]) == 64):
+    texts = [meta["tokenizer"], meta["sha256"]["train.bin"], meta["sha256"]["val.bin"]]
+    if not (0 <= meta["bos_id"] < meta["vocab_size"] <= 65536 and meta["text_bytes"]["val"] > 0 and {*map(type, texts)} == {str}):
         raise ValueError("values out of range")
     return meta
 
@@ -376,8 +379,7 @@ def param_shapes(c, vocab_size):
             **({"mix": (L, 2)} if c.x0_mix else {}), **({"skip": (L // 2,)} if c.unet and L > 1 else {})}
 
 def init_params(c, vocab_size):
-    """Float32 parameters on the CPU. Output projections start at zero, so layers start as the identity; the head starts
-    near zero, so the first loss is ln(vocab_size). Values as nanochat and Slowrun have them."""
+    """Float32 parameters on the CPU, started as in nanochat and Slowrun: layers as the identity, the first loss ln(vocab_size)."""
     g, bound = torch.Generator().manual_seed(c.seed), (3 / c.n_embd) ** 0.5  # uniform with variance 1 / fan_in
     p = {name: torch.zeros(shape) for name, shape in param_shapes(c, vocab_size).items()}
     p["wte"].normal_(0, 1, generator=g)
@@ -412,7 +414,7 @@ def attention_masks(tokens, bos_id, windows, impl, dtype):
         starts = tokens == bos_id
         starts[:, 0] = True
         firsts = starts.flatten().nonzero()[:, 0].int()
-        room = 1 << max(8, len(firsts).bit_length())  # powers of two, so that few shapes are compiled; the rest is empty
+        room = 1 << max(8, B * T // 256, len(firsts)).bit_length()  # one shape to compile, nearly always; the rest is empty
         cu_seqlens = F.pad(firsts, (0, room - len(firsts)), value=B * T)
         return {w: (cu_seqlens, w) for w in windows}
     document = (tokens == bos_id).cumsum(1, dtype=torch.int32) + 1
@@ -484,10 +486,9 @@ def layer_window(c, i, long_window):
     return c.window_short if short else long_window
 
 def forward(p, tokens, c, m, bos_id, phase, drop=None):
-    """Hidden states [B, T, D] of tokens [B, T], normalized, ready for the head.
-
-    phase: the layers to run, in order, and the long window (see schedules). drop: None to score; in training a
-    torch.Generator on the CPU that decides which sequences skip which layers (dropout draws from torch's own)."""
+    """Hidden states [B, T, D] of tokens [B, T], normalized, ready for the head. phase: the layers to run, in order, and the long
+    window (see schedules). drop: None to score; in training a torch.Generator on the CPU that decides which sequences skip which
+    layers (dropout draws from torch's own)."""
     layers, long_window = phase
     B, T = tokens.shape
     cos, sin = rope_tables(T, c.n_embd // c.n_head, m.device, m.dtype)
@@ -529,10 +530,9 @@ def head_logits(h, w, softcap):
     return F.linear(h, w).float().div_(softcap).tanh_().mul_(softcap)
 
 def objective_chunk(h, w, targets, softcap):
-    """Cross-entropy of one chunk of tokens, and its gradient with respect to the logits before the softcap.
-
-    h [n, D], w [V, D], targets [n, K]: each token's K targets count alike; -1 counts nothing.
-    Returns the sum of the losses in nats (float32) and the gradient, [n, V] in h's dtype."""
+    """Cross-entropy of one chunk of tokens, and its gradient with respect to the logits before the softcap. h [n, D], w [V, D],
+    targets [n, K]: each token's K targets count alike; -1 counts nothing. Returns the sum of the losses in nats (float32) and
+    the gradient, [n, V] in h's dtype."""
     logits = head_logits(h, w, softcap)  # what follows works in place: fresh memory of this size costs more than the arithmetic
     counted, index = targets >= 0, targets.clamp_min(0)
     lse = logits.logsumexp(-1, keepdim=True)
@@ -564,9 +564,8 @@ class ChunkedObjective(torch.autograd.Function):
         return grad_h * grad, grad_w * grad, None, None, None, None, None
 
 def objective(h, w, targets, c, m, scale):
-    """The training loss: scale * sum over tokens and their targets of -log p(target), a scalar with gradients.
-
-    h [N, D] from forward(), w [V, D] the head in float32, targets [N, K] (K targets of each token, -1: none)."""
+    """The training loss: scale * sum over tokens and their targets of -log p(target), a scalar with gradients. h [N, D] from
+    forward(), w [V, D] the head in float32, targets [N, K] (K targets of each token, -1: none)."""
     return ChunkedObjective.apply(h, w, targets, c.softcap, scale, c.loss_chunk, m.objective_chunk)
 
 def token_nll(h, w, targets, c):
@@ -778,12 +777,12 @@ def load_state(run, p, optimizer):
     return {"step": 0, "seconds": 0.0, "compile_seconds": 0.0, "log_bytes": 0}
 
 def read_run(run):
-    """(Config, steps or None, meta of its data) of a run folder."""
-    return read_json(run / "config.json", lambda stored: (make_config(stored["config"]), stored["steps"], check_meta(stored["data"])))
+    """(Config, meta of its data, all that config.json holds) of a run folder."""
+    return read_json(run / "config.json", lambda stored: (make_config(stored["config"]), check_meta(stored["data"]), stored))
 
 def load_run(run, args):
     """(Config, machine, meta, final weights) of a run folder, the weights checked against the shapes of the config."""
-    c, _, meta = read_run(run)
+    c, meta, _ = read_run(run)
     files = saved(run, "weights")
     require(files, f"{run}: holds no final weights; finish the run with --resume {run}")
     args.compile = "off"  # scoring comes in all shapes
@@ -822,13 +821,14 @@ def score_command(args):
     """--score RUN --tokens FILE --nll OUT.npy: the contract that a referee relies on."""
     require(args.tokens and args.nll and args.nll.suffix == ".npy" and args.nll.parent.is_dir(),
             f"--score: needs --tokens FILE and --nll OUT.npy in a folder that exists, not --tokens {args.tokens} --nll {args.nll}")
-    vocab_size, shard = read_run(args.score)[2]["vocab_size"], args.tokens.suffix != ".npy"
+    vocab_size, shard = read_run(args.score)[1]["vocab_size"], args.tokens.suffix != ".npy"
     try:
         streams = read_shard(args.tokens, vocab_size)[None] if shard else np.load(args.tokens, allow_pickle=False)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, EOFError, MemoryError) as e:
         raise Stop(f"--tokens {args.tokens}: cannot be read as an array of numbers ({first_line(e)})")
-    require(streams.dtype == np.uint16 and streams.ndim == 2 and streams.size > 0,
-            f"--tokens {args.tokens}: {streams.dtype} {list(streams.shape)}, must be uint16 [n_streams, length]")
+    kind = f"{streams.dtype} {list(streams.shape)}" if isinstance(streams, np.ndarray) else "an archive"
+    right = kind.startswith("uint16 [") and streams.ndim == 2 and streams.size
+    require(right, f"--tokens {args.tokens}: is {kind}, not uint16 [n_streams, length]")
     check_ids(streams, vocab_size, args.tokens)
     c, m, meta, p = load_run(args.score, args)
     nll = stream_nll(p, streams, c, m, meta["bos_id"], phase_schedule(1.0, c))
@@ -856,8 +856,7 @@ def sample(p, c, m, meta, prompt, n_tokens, temperature=0.8):
 # ---- training ---------------------------------------------------------------------------------------------------------
 
 class Log:
-    """log.txt of the run folder and the terminal, on rank 0. When a run goes on from a checkpoint, what was logged after it
-    is cut off, so that the finished log reads as one run."""
+    """log.txt and the terminal, on rank 0. A run that goes on cuts off what was logged after its checkpoint: it reads as one."""
     def __init__(self, run, m, length=0):
         self.file, self.shown = None, -math.inf
         if m.rank == 0:
@@ -905,10 +904,11 @@ def compile_all(p, loader, total, c, m, bos_id):
             for phase in sorted({phase_schedule((step + 0.5) / total, c) for step in range(total)}):
                 for rows in {len(part) for part in torch.arange(len(loader.share)).split(len(x))}:
                     train_pass(p, x[:rows], x[:rows], 1, c, m, bos_id, phase, (0,))
-        except Exception as e:  # torch._dynamo raises whatever the compiler ran into
+        except RuntimeError as e:  # as which torch._dynamo passes on whatever the compiler ran into
             set_compiled(m, "auto", f"the compiler failed, {first_line(e)}")
         for w in p.values():
             w.grad = None
+        all_reduce(m, torch.zeros(1, device=m.device)).item()  # waiting for the slowest rank is compilation, too
     return time.monotonic() - began
 
 def train(c, run, m, meta, loader, val_tokens, asked_to_stop, steps):
@@ -925,12 +925,11 @@ def train(c, run, m, meta, loader, val_tokens, asked_to_stop, steps):
         log(f"config {json.dumps(dataclasses.asdict(c))}\ndata {json.dumps(meta)}", show=False)
         log(f"run {run}: track {c.track}, {sum(w.numel() for w in p.values()):,} parameters, {total} steps of {c.batch_tokens:,} tokens, "
             f"{c.epochs:g} epochs of {c.train_tokens:,}, seed {c.seed}")
-    log(f"packages: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}; {platform.platform()}")
-    log(f"hardware: {hardware(m)}; {m.world_size} rank(s) of {torch.get_num_threads()} thread(s)")
-    log(f"dtype: {m.why['dtype']}\nattention: {m.why['attention']}")
+    log(f"packages: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}; {platform.platform()}\n"
+        f"hardware: {hardware(m)}; {m.world_size} rank(s) of {torch.get_num_threads()} thread(s)\n"
+        f"dtype: {m.why['dtype']}\nattention: {m.why['attention']}")
     compile_seconds = compile_all(p, loader, total, c, m, bos_id)
     log(f"compiled: {m.why['compiled']}; {compile_seconds:.1f} s, which the clock leaves out")
-
     first, earlier = progress["step"], progress["seconds"]
     progress["compile_seconds"] += compile_seconds
     probe_at = {round(total * (i + 1) / c.probes) for i in range(c.probes - 1)}
@@ -970,27 +969,27 @@ def finish(p, progress, total, log, c, run, m, meta, val_tokens, steps):
     nll = stream_nll(p, val_tokens[None], c, m, meta["bos_id"], phase_schedule(1.0, c))
     if m.rank > 0:
         return
+    vocab_size = meta["vocab_size"]
     write_npy(run / "val_nll.npy", np.add.reduceat(nll[0].astype(np.float64), np.arange(0, nll.size, 1000)))
     record = {
         "track": c.track, "trial": steps is not None, "seed": c.seed, "members": 1,
         "val_loss": mean_nll(nll), "val_bpb": nll.sum(dtype=np.float64) / math.log(2) / meta["text_bytes"]["val"], "val_tokens": nll.size - 1,
-        "train_seconds": progress["seconds"], "compile_seconds": progress["compile_seconds"], "steps": total, "train_tokens": c.train_tokens,
-        "tokens_seen": total * c.batch_tokens, "parameters": sum(w.numel() for w in p.values()),
-        "train_flops": 3 * c.batch_tokens * sum(
-            flops_per_token(c, meta["vocab_size"], phase_schedule((step + 0.5) / total, c)) for step in range(total)),
-        "score_flops_per_token": flops_per_token(c, meta["vocab_size"], phase_schedule(1.0, c)), "source_sha256": SOURCE_SHA256, "data_sha256": meta["sha256"],
-        "hardware": hardware(m), "ranks": m.world_size, "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        "train_seconds": progress["seconds"], "compile_seconds": progress["compile_seconds"], "steps": total,
+        "train_tokens": c.train_tokens, "tokens_seen": total * c.batch_tokens, "parameters": sum(w.numel() for w in p.values()),
+        "train_flops": 3 * c.batch_tokens * sum(flops_per_token(c, vocab_size, phase_schedule((i + 0.5) / total, c)) for i in range(total)),
+        "score_flops_per_token": flops_per_token(c, vocab_size, phase_schedule(1.0, c)),
+        "source_sha256": SOURCE_SHA256, "data_sha256": meta["sha256"], "hardware": hardware(m), "ranks": m.world_size,
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     peak = torch.cuda.max_memory_allocated(m.device) if m.device.type == "cuda" else peak_rss
     log(f"trained for {progress['seconds']:.1f} s, {record['tokens_seen']:,} tokens seen, {record['train_flops']:.4g} FLOPs, "
         f"peak memory {peak / 2 ** 20:.0f} MiB")
     try:
         log(f"---- what the model writes on its own\n{sample(p, c, m, meta, '', 300)}\n----")
-    except (Stop, ImportError) as e:  # a tokenizer that cannot be had does not spoil a finished run
-        log(f"no sample: {e}")
-    log(f"val_loss {record['val_loss']:.6f} nats per token, {record['val_bpb']:.6f} bits per byte, {record['val_tokens']:,} tokens scored")
-    log(f"the run is in {run}")
+    except Exception as e:  # whatever ails a tokenizer, it does not spoil a finished run
+        log(f"no sample: {first_line(e)}")
+    log(f"val_loss {record['val_loss']:.6f} nats per token, {record['val_bpb']:.6f} bits per byte, {record['val_tokens']:,} tokens scored\n"
+        f"the run is in {run}")
     log.sync()
     write_file(run / "record.json", json.dumps(record, indent=1).encode() + b"\n")
     for path in [*saved(run, "state"), *run.glob("*.tmp")]:  # a kill may have left a file half-written
@@ -998,9 +997,11 @@ def finish(p, progress, total, log, c, run, m, meta, val_tokens, steps):
 
 def train_command(given, args):
     """A new run, or the rest of one."""
-    run, steps = args.resume, args.steps
+    run, asked = args.resume, ("steps", "device", "attention", "compile")  # which hold when a run is resumed
     if run:
-        c, steps, meta = read_run(run)
+        c, meta, stored = read_run(run)
+        for name in asked:
+            setattr(args, name, stored[name] if getattr(args, name) in (None, "auto") else getattr(args, name))
         require(not (run / "record.json").exists(), f"--resume {run}: this run is finished, its score is in record.json")
         m = setup_machine(c, args)
     else:
@@ -1016,18 +1017,19 @@ def train_command(given, args):
     loader = Loader(train_tokens, meta["bos_id"], c, m.rank, m.world_size)
     if m.rank == 0 and not args.resume:
         run.mkdir(parents=True, exist_ok=True)
-        write_file(run / "config.json", json.dumps({"config": dataclasses.asdict(c), "steps": steps, "data": meta}, indent=1).encode())
+        content = {name: getattr(args, name) for name in asked} | {"config": dataclasses.asdict(c), "data": meta}
+        write_file(run / "config.json", json.dumps(content, indent=1).encode())
     asked_to_stop = []
 
     def note(number, frame):
-        if asked_to_stop:  # for the second time, or with training over: nothing more to save
+        if asked_to_stop and time.monotonic() > asked_to_stop[0] + 10:  # again, and not just twice at once; or training is over
             raise Stop(f"stopped; go on with: python {SCRIPT} --resume {run}", 130)
-        asked_to_stop.append(number)
+        asked_to_stop.append(time.monotonic())
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
-    trained = train(c, run, m, meta, loader, val_tokens, asked_to_stop, steps)
-    asked_to_stop.append(None)
-    finish(*trained, c, run, m, meta, val_tokens, steps)
+    trained = train(c, run, m, meta, loader, val_tokens, asked_to_stop, args.steps)
+    asked_to_stop.insert(0, -math.inf)
+    finish(*trained, c, run, m, meta, val_tokens, args.steps)
 
 # ---- main -------------------------------------------------------------------------------------------------------------
 
@@ -1085,13 +1087,11 @@ def main():
         if dist.is_initialized():
             dist.destroy_process_group()
         return
-    except Stop as e:
-        message, status = (*e.args, 2)[:2]
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
+    except (Stop, KeyboardInterrupt) as e:
+        message, status = (*e.args, 2)[:2] if isinstance(e, Stop) else ("interrupted", 130)
     except OSError as e:  # reading is checked where it happens: this is a disk that is full, or may not be written
-        message, status = f"cannot write {e.filename or 'into the run folder'}: {e.strerror}; what was saved before is intact, --resume goes on", 1
-    if os.environ.get("RANK", "0") == "0":
+        message, status = f"cannot write {e.filename or 'in the run folder'}: {e.strerror}; what was saved is intact, --resume goes on", 1
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{SCRIPT}: {message}", file=sys.stderr)
     sys.exit(status)
 

@@ -80,10 +80,10 @@ def shard_bytes(tokens):
     return [header.tobytes(), np.asarray(tokens, dtype="<u2").tobytes()]
 
 
-def encode_documents(names, read, encoding, counts, label):
+def encode_documents(names, encode, bos_id, counts, label):
     """Tokenize documents in the given order until every split is full.
 
-    names: document names in order. read: name -> str. counts: {"val": n, "test": n, "train": n}, filled in this order;
+    names: document names in order. encode: name -> ids of its text. counts: {"val": n, "test": n, "train": n}, filled in this order;
     a split that is full ends in the middle of a document, and the next split begins with the next document.
     Returns {split: uint16 [n]}, shorter than asked for where the documents run out."""
     splits, parts, have, todo = {}, [], 0, list(counts.items())
@@ -92,7 +92,7 @@ def encode_documents(names, read, encoding, counts, label):
             if not todo:
                 break
             split, want = todo[0]
-            ids = np.array([encoding.eot_token] + encoding.encode_ordinary(read(name)), dtype=np.uint16)[: want - have]
+            ids = np.array([bos_id, *encode(name)], dtype=np.uint16)[: want - have]
             if len(ids) == 1 and want - have > 1:
                 continue  # an empty file is no document
             parts.append(ids)
@@ -157,8 +157,9 @@ def prepare_pocket(out=ROOT / "pocket"):
     files = {f.as_posix(): f for f in wheel.files or []
              if f.suffix == ".py" and f.parts[0] in ("torch", "torchgen", "functorch") and f.as_posix() != "torch/version.py"}
     names = sorted(files, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    splits = encode_documents(names, lambda name: files[name].locate().read_bytes().decode("utf-8"),
-                              get_encoding("bytes"), POCKET["tokens"], "pocket")
+    encoding = get_encoding("bytes")
+    splits = encode_documents(names, lambda name: encoding.encode_ordinary(files[name].locate().read_bytes().decode("utf-8")),
+                              encoding.eot_token, POCKET["tokens"], "pocket")
     write_dataset(out, splits, "bytes", f"the Python source of torch {POCKET['torch']}", POCKET["sha256"])
 
 
@@ -166,8 +167,8 @@ def prepare_text(paths, tokenizer="bytes", out=ROOT / "text", holdout=0.05):
     """Anybody's text files. `holdout`: the share of the text that goes to validation, and again to test."""
     if not 0 < holdout < 0.5:
         raise DataError(f"--holdout {holdout}: choose a share between 0 and 0.5")
-    encoding, documents = get_encoding(tokenizer), {}
-    for path in paths:
+    encoding, documents = get_encoding(tokenizer), {}  # name -> ids
+    for path in tqdm(paths, "text", unit="file", delay=1):
         try:
             lines = Path(path).read_bytes().decode("utf-8").splitlines(keepends=True)
         except OSError as e:
@@ -180,11 +181,11 @@ def prepare_text(paths, tokenizer="bytes", out=ROOT / "text", holdout=0.05):
                 pieces, size = pieces + [[]], 0
             pieces[-1].append(line)
             size += len(line.encode())
-        documents.update({f"{path}#{i}": "".join(piece) for i, piece in enumerate(pieces)})
+        documents.update({f"{path}#{i}": np.array(encoding.encode_ordinary("".join(piece)), np.uint16) for i, piece in enumerate(pieces)})
     names = sorted(documents, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    total = sum(1 + len(encoding.encode_ordinary(documents[name])) for name in names)
+    total = sum(1 + len(ids) for ids in documents.values())
     held = int(total * holdout)
-    splits = encode_documents(names, documents.__getitem__, encoding, {"val": held, "test": held, "train": total}, "text")
+    splits = encode_documents(names, documents.__getitem__, encoding.eot_token, {"val": held, "test": held, "train": total}, "text")
     if len(splits.get("train", [])) < 1000 or held < 1000:
         raise DataError(f"{len(names)} document(s), {total:,} tokens: too little text to hold {holdout:.0%} out twice and train")
     write_dataset(Path(out), splits, tokenizer, f"{len(paths)} text file(s)")

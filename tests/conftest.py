@@ -42,8 +42,8 @@ def tiny_data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "own"
     texts = {p.name: p.read_text() for p in sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("*/*.py"))}
     names = [f"{name}#{i}" for name in texts for i in range(0, len(texts[name]), 3000)]
-    splits = prepare.encode_documents(names, lambda n: texts[n.split("#")[0]][int(n.split("#")[1]):][:3000],
-                                      prepare.get_encoding("bytes"), {"val": 3010, "test": 3000, "train": 30_000}, "test")
+    splits = prepare.encode_documents(names, lambda n: texts[n.split("#")[0]][int(n.split("#")[1]):][:3000].encode("ascii", "replace"), 256,
+                                      {"val": 3010, "test": 3000, "train": 30_000}, "test")
     prepare.write_dataset(folder, splits, "bytes", "the tests")
     return folder
 

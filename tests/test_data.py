@@ -117,7 +117,7 @@ def test_byte_tokenizer():
 
 def test_splits_begin_at_documents():
     texts = {str(i): chr(97 + i) * (10 + i) for i in range(20)}
-    splits = prepare.encode_documents(list(texts), texts.__getitem__, prepare.get_encoding("bytes"), {"val": 25, "test": 30, "train": 1000}, "x")
+    splits = prepare.encode_documents(list(texts), lambda name: texts[name].encode(), BOS, {"val": 25, "test": 30, "train": 1000}, "x")
     assert (len(splits["val"]), len(splits["test"])) == (25, 30)
     assert bytes(splits["val"][splits["val"] != BOS].astype(np.uint8)) == b"a" * 10 + b"b" * 11 + b"c" * 1  # c is cut, its rest is dropped
     assert splits["test"][0] == splits["train"][0] == BOS and splits["test"][1] == ord("d")

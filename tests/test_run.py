@@ -202,6 +202,16 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tiny_data, finished_run
     assert_same_end(run, finished_run)
 
 
+def test_resumed_as_it_was_started(tiny_data, finished_run, tmp_path):
+    """The command that a stopped run prints names no options: device, attention and compiler are those of the start."""
+    run = tmp_path / "run"
+    stop_after(tiny_data, run, 10)
+    done = subprocess.run([sys.executable, "train_gpt.py", "--resume", str(run)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "compiled: no" in (run / "log.txt").read_text().split("resumed at step")[1]
+    assert_same_end(run, finished_run)
+
+
 def test_changed_script_is_not_resumed(tiny_data, tmp_path):
     run = tmp_path / "run"
     stop_after(tiny_data, run, 5)
@@ -266,7 +276,7 @@ BAD_OPTIONS = [
     (["--batch_tokens", "1000"], "--batch_tokens"), (["--device_tokens", "32"], "--device_tokens"),
     (["--loop_times", "1", "--loop_first", "1", "--loop_last", "3"], "--loop_last"),
     (["--loop_times", "1", "--loop_first", "2", "--loop_last", "1"], "--loop_first"),
-    (["--window_pattern", "SXL"], "--window_pattern"), (["--dropout", "1.0"], "--dropout"), (["--dropout", "-0.1"], "--dropout"),
+    (["--loop_from", "1"], "--loop_from"), (["--window_grow", "1"], "--window_grow"), (["--window_pattern", "SXL"], "--window_pattern"), (["--dropout", "1.0"], "--dropout"), (["--dropout", "-0.1"], "--dropout"),
     (["--warmup", "0.5", "--warmdown", "0.6"], "--warmdown"), (["--epochs", "nan"], "--epochs"), (["--epochs", "0"], "--epochs"),
     (["--muon_lr", "fast"], "--muon_lr"), (["--unet", "2"], "--unet"), (["--wd_points", "0.5:1,0:1"], "--wd_points"), (["--wd_points", "x"], "--wd_points"),
     (["--dtype", "fp8"], "--dtype"), (["--track", "nonesuch"], "--track"), (["--train_tokens", "40000"], "--train_tokens"),
@@ -337,8 +347,11 @@ def test_bad_scoring(finished_run, tiny_data, cli, tmp_path):
     np.save(tmp_path / "ids.npy", np.full((2, 5), 999, np.uint16))
     np.save(tmp_path / "objects.npy", np.array([["a", {}]], dtype=object), allow_pickle=True)
     (tmp_path / "noise.npy").write_bytes(b"not an array")
+    (tmp_path / "empty.npy").write_bytes(b"")
+    np.savez(tmp_path / "archive.npz", a=np.zeros((2, 5), np.uint16))
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
     for tokens, nll, named in [("floats.npy", "o.npy", "float64"), ("flat.npy", "o.npy", "[5]"), ("ids.npy", "o.npy", "999"), ("objects.npy", "o.npy", "--tokens"),
-                               ("noise.npy", "o.npy", "--tokens"), ("nothing.npy", "o.npy", "nothing.npy"), ("nothing.bin", "o.npy", "nothing.bin"),
+                               ("noise.npy", "o.npy", "--tokens"), ("empty.npy", "o.npy", "--tokens"), ("archive.npy", "o.npy", "archive"), ("nothing.npy", "o.npy", "nothing.npy"), ("nothing.bin", "o.npy", "nothing.bin"),
                                ("ids.npy", "o.txt", "--nll"), ("ids.npy", "no/where/o.npy", "--nll")]:
         status, _, err = cli("--score", finished_run, "--tokens", tmp_path / tokens, "--nll", tmp_path / nll, *PLAIN)
         assert status == 2 and err.count("\n") == 1 and named in err, (tokens, err)
