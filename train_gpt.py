@@ -222,13 +222,12 @@ def pick_attention(m, c, wanted):
 def set_compiled(m, wanted, failure=None):
     """Use the compiled or the plain functions. torch.compile needs Triton on a GPU, a C++ compiler on a CPU. One layer is
     compiled, not the whole model: all layers share it, and so does every list of layers that a phase of training runs."""
-    if m.device.type == "cuda":
-        found, name = torch.utils._triton.has_triton(), "Triton"
-    else:
-        found, name = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++"), "C++ compiler"
-    require(found or wanted != "on", f"--compile on: there is no {name} here; install one, or use --compile auto")
-    m.compiled = bool(found) and wanted != "off" and not failure
-    m.why["compiled"] = f"{'yes' if m.compiled else 'no'} ({failure or name + (' found' if found else ' not found') + f', --compile {wanted}'})"
+    cuda = m.device.type == "cuda"
+    found = torch.utils._triton.has_triton() if cuda else any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+    name = f"{'Triton' if cuda else 'C++ compiler'} {'found' if found else 'not found'}"
+    require(found or wanted != "on", f"--compile on: {name} here; install it, or use --compile auto")
+    m.compiled = found and wanted != "off" and not failure
+    m.why["compiled"] = f"{'yes' if m.compiled else 'no'} ({failure or f'{name}, --compile {wanted}'})"
     if m.compiled:
         torch._dynamo.config.recompile_limit = 64  # windows, phases and last micro-batches are shapes of their own
     m.block = torch.compile(block, dynamic=False) if m.compiled else block
@@ -925,7 +924,7 @@ def train(c, run, m, meta, loader, val_tokens, asked_to_stop, steps):
         log(f"config {json.dumps(dataclasses.asdict(c))}\ndata {json.dumps(meta)}", show=False)
         log(f"run {run}: track {c.track}, {sum(w.numel() for w in p.values()):,} parameters, {total} steps of {c.batch_tokens:,} tokens, "
             f"{c.epochs:g} epochs of {c.train_tokens:,}, seed {c.seed}")
-    log(f"packages: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}; {platform.platform()}\n"
+    log(f"packages: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}; {platform.system()}\n"
         f"hardware: {hardware(m)}; {m.world_size} rank(s) of {torch.get_num_threads()} thread(s)\n"
         f"dtype: {m.why['dtype']}\nattention: {m.why['attention']}")
     compile_seconds = compile_all(p, loader, total, c, m, bos_id)
@@ -1059,7 +1058,7 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     unfit = [*given, *(name for name in ("run_dir", "steps") if getattr(args, name))]
-    require(not unfit or not (args.resume or args.score or args.sample), f"--{unfit and unfit[0]}: a run keeps its configuration, leave it out")
+    require(not unfit or not (args.resume or args.score or args.sample), f"--{(unfit or [''])[0]}: a run keeps its own, leave it out")
     require(args.steps is None or args.steps > 0, f"--steps {args.steps}: must be 1 or more")
     require(not args.run_dir or not (args.run_dir / "config.json").exists(),
             f"--run_dir {args.run_dir}: already holds a run; go on with --resume {args.run_dir}, or name another folder")
