@@ -45,6 +45,7 @@ if torch.cuda.is_available():  # neither trains on a CPU, and they take seconds 
 HERE, SCRIPT = Path(__file__).resolve().parent, Path(__file__).name
 SOURCE = Path(__file__).read_bytes()  # read at the start, so that the log shows what runs and not a later edit
 SOURCE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
+ASKED = ("steps", "device", "attention", "compile")  # the options beside Config's that hold when a run is resumed
 
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # both renamed in torch 2.13
@@ -109,7 +110,7 @@ class Config:
     final_lr: float = 0.0          # a multiple, like all lr schedules here
     window_grow: float = 0.0       # long windows are as short as the short ones for this fraction of training
     # housekeeping
-    probes: int = 8                # validation is looked at after every such part of training, on its first probe_tokens
+    probes: int = 8                # training in so many parts, and between them a look at the first probe_tokens of validation
     probe_tokens: int = 40_000
     save_every: int = 100          # steps between checkpoints
     cpu_threads: int = 4           # at most; pocket's rules allow four cores
@@ -289,8 +290,8 @@ def read_shard(path, vocab_size, sha256=None):
         require(n > 1 and size == 4 * HEADER_INTS + 2 * n,
                 f"{path}: {size:,} bytes, where the {n:,} tokens of its header take {4 * HEADER_INTS + 2 * n:,}; prepare the data again")
         with open(path, "rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
-        require(sha256 in (None, digest), f"{path}: its sha256 is not the one in meta.json: it has changed, prepare the data again")
+            same = sha256 is None or hashlib.file_digest(f, "sha256").hexdigest() == sha256
+        require(same, f"{path}: its sha256 is not the one in meta.json: it has changed, prepare the data again")
         tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(n,))
     except OSError as e:
         raise Stop(f"{path}: {e.strerror}")
@@ -413,7 +414,7 @@ def attention_masks(tokens, bos_id, windows, impl, dtype):
         starts = tokens == bos_id
         starts[:, 0] = True
         firsts = starts.flatten().nonzero()[:, 0].int()
-        room = 1 << max(8, B * T // 256, len(firsts)).bit_length()  # one shape to compile, nearly always; the rest is empty
+        room = 1 << max(B * T // 256, len(firsts)).bit_length()  # one shape to compile, nearly always; the rest is empty
         cu_seqlens = F.pad(firsts, (0, room - len(firsts)), value=B * T)
         return {w: (cu_seqlens, w) for w in windows}
     document = (tokens == bos_id).cumsum(1, dtype=torch.int32) + 1
@@ -449,11 +450,11 @@ def attention(q, k, v, mask, impl):
         return y.view(q.shape)
     if impl == "flex":
         return compiled_flex(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
-    block_size = mask.size(-2)
-    if block_size < mask.size(-1):  # a short window: each block of queries has its own keys and those of the block before
+    block_size, in_blocks = mask.size(-2), mask.size(-2) < mask.size(-1)
+    if in_blocks:  # a short window: each block of queries has its own keys and those of the block before
         k, v = (with_block_before(x, block_size).flatten(0, 1) for x in (k, v))
     q_blocks, k, v = (x.transpose(1, 2) for x in (q.reshape(-1, block_size, *q.shape[2:]), k, v))
-    if block_size < mask.size(-1):  # products and softmax one by one: SDPA is slow on problems this small
+    if in_blocks:  # products and softmax one by one: SDPA is slow on problems this small
         y = torch.softmax((q_blocks * q.size(-1) ** -0.5) @ k.mT + mask, dim=-1) @ v
     else:
         y = F.scaled_dot_product_attention(q_blocks, k, v, attn_mask=mask)
@@ -776,8 +777,9 @@ def load_state(run, p, optimizer):
     return {"step": 0, "seconds": 0.0, "compile_seconds": 0.0, "log_bytes": 0}
 
 def read_run(run):
-    """(Config, meta of its data, all that config.json holds) of a run folder."""
-    return read_json(run / "config.json", lambda stored: (make_config(stored["config"]), check_meta(stored["data"]), stored))
+    """(Config, meta of its data, the other options it was started with) of a run folder."""
+    return read_json(run / "config.json", lambda stored: (
+        make_config(stored["config"]), check_meta(stored["data"]), {name: stored[name] for name in ASKED}))
 
 def load_run(run, args):
     """(Config, machine, meta, final weights) of a run folder, the weights checked against the shapes of the config."""
@@ -820,16 +822,16 @@ def score_command(args):
     """--score RUN --tokens FILE --nll OUT.npy: the contract that a referee relies on."""
     require(args.tokens and args.nll and args.nll.suffix == ".npy" and args.nll.parent.is_dir(),
             f"--score: needs --tokens FILE and --nll OUT.npy in a folder that exists, not --tokens {args.tokens} --nll {args.nll}")
-    vocab_size, shard = read_run(args.score)[1]["vocab_size"], args.tokens.suffix != ".npy"
+    c, m, meta, p = load_run(args.score, args)
+    shard = args.tokens.suffix != ".npy"
     try:
-        streams = read_shard(args.tokens, vocab_size)[None] if shard else np.load(args.tokens, allow_pickle=False)
+        streams = read_shard(args.tokens, meta["vocab_size"])[None] if shard else np.load(args.tokens, allow_pickle=False)
     except (OSError, ValueError, EOFError, MemoryError) as e:
         raise Stop(f"--tokens {args.tokens}: cannot be read as an array of numbers ({first_line(e)})")
     kind = f"{streams.dtype} {list(streams.shape)}" if isinstance(streams, np.ndarray) else "an archive"
-    right = kind.startswith("uint16 [") and streams.ndim == 2 and streams.size
-    require(right, f"--tokens {args.tokens}: is {kind}, not uint16 [n_streams, length]")
-    check_ids(streams, vocab_size, args.tokens)
-    c, m, meta, p = load_run(args.score, args)
+    require(kind.startswith("uint16 [") and streams.ndim == 2 and streams.size, f"--tokens {args.tokens}: {kind}, not uint16 [n_streams, length]")
+    if not shard:
+        check_ids(streams, meta["vocab_size"], args.tokens)
     nll = stream_nll(p, streams, c, m, meta["bos_id"], phase_schedule(1.0, c))
     if m.rank == 0:
         write_npy(args.nll, nll[0] if shard else nll)
@@ -907,7 +909,7 @@ def compile_all(p, loader, total, c, m, bos_id):
             set_compiled(m, "auto", f"the compiler failed, {first_line(e)}")
         for w in p.values():
             w.grad = None
-        all_reduce(m, torch.zeros(1, device=m.device)).item()  # waiting for the slowest rank is compilation, too
+    all_reduce(m, torch.zeros(1, device=m.device)).item()  # waiting for the slowest rank is compilation, too
     return time.monotonic() - began
 
 def train(c, run, m, meta, loader, val_tokens, asked_to_stop, steps):
@@ -996,11 +998,10 @@ def finish(p, progress, total, log, c, run, m, meta, val_tokens, steps):
 
 def train_command(given, args):
     """A new run, or the rest of one."""
-    run, asked = args.resume, ("steps", "device", "attention", "compile")  # which hold when a run is resumed
+    run = args.resume
     if run:
-        c, meta, stored = read_run(run)
-        for name in asked:
-            setattr(args, name, stored[name] if getattr(args, name) in (None, "auto") else getattr(args, name))
+        c, meta, asked = read_run(run)
+        vars(args).update({name: value for name, value in asked.items() if getattr(args, name) in (None, "auto")})
         require(not (run / "record.json").exists(), f"--resume {run}: this run is finished, its score is in record.json")
         m = setup_machine(c, args)
     else:
@@ -1016,7 +1017,7 @@ def train_command(given, args):
     loader = Loader(train_tokens, meta["bos_id"], c, m.rank, m.world_size)
     if m.rank == 0 and not args.resume:
         run.mkdir(parents=True, exist_ok=True)
-        content = {name: getattr(args, name) for name in asked} | {"config": dataclasses.asdict(c), "data": meta}
+        content = {name: getattr(args, name) for name in ASKED} | {"config": dataclasses.asdict(c), "data": meta}
         write_file(run / "config.json", json.dumps(content, indent=1).encode())
     asked_to_stop = []
 

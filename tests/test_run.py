@@ -1,8 +1,11 @@
 """Whole runs through the command line: the contract of --score, and everything that may go wrong on the way."""
+import hashlib
 import json
 import os
+import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -257,8 +260,16 @@ def test_full_disk_leaves_the_last_checkpoint(tiny_data, finished_run, tmp_path)
     assert_same_end(run, finished_run)
 
 
+def test_config_that_lacks_an_entry(finished_run, cli, tmp_path):
+    """Each of them, one at a time."""
+    stored = json.loads((finished_run / "config.json").read_text())
+    for name in stored:
+        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in stored.items() if k != name}))
+        status, _, err = cli("--resume", tmp_path)
+        assert status == 2 and err.count("\n") == 1 and "config.json" in err, name
+
+
 def test_data_that_changed_under_a_run(tiny_data, tmp_path, cli):
-    import shutil
     data, run = tmp_path / "data", tmp_path / "run"
     shutil.copytree(tiny_data, data)
     stop_after(data, run, 5)
@@ -325,7 +336,6 @@ def break_data(folder, what):
     elif what == "ids too large":
         data = header.tobytes() + np.full(30_000, 300, "<u2").tobytes()
         train.write_bytes(data)
-        import hashlib
         meta.write_text(meta.read_text().replace(json.loads(meta.read_text())["sha256"]["train.bin"], hashlib.sha256(data).hexdigest()))
 
 
@@ -333,7 +343,6 @@ def break_data(folder, what):
     ("no meta", "meta.json"), ("meta is not JSON", "meta.json"), ("meta lacks a key", "meta.json"), ("no shard", "train.bin"), ("truncated", "train.bin"),
     ("empty", "train.bin"), ("other file", "train.bin"), ("changed", "train.bin"), ("ids too large", "train.bin")])
 def test_broken_data(tiny_data, cli, tmp_path, what, named):
-    import shutil
     shutil.copytree(tiny_data, tmp_path / "data")
     break_data(tmp_path / "data", what)
     status, _, err = cli(*options(**TINY, data=tmp_path / "data"), "--run_dir", tmp_path / "run", *PLAIN)
@@ -366,8 +375,6 @@ def test_bad_scoring(finished_run, tiny_data, cli, tmp_path):
 
 @pytest.mark.parametrize("what", ["flipped", "other shapes", "pickle", "none"])
 def test_damaged_weights_are_not_scored(finished_run, tiny_data, cli, tmp_path, what):
-    import pickle
-    import shutil
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     path = t.saved(run, "weights")[-1]
@@ -382,7 +389,6 @@ def test_damaged_weights_are_not_scored(finished_run, tiny_data, cli, tmp_path, 
         class Evil:
             def __reduce__(self):
                 return os.mkdir, (str(tmp_path / "evil"),)
-        import hashlib
         data = pickle.dumps(Evil())
         (run / f"weights-0000000.{hashlib.sha256(data).hexdigest()[:16]}.pt").write_bytes(data)
     status, _, err = cli("--score", run, "--tokens", tiny_data / "val.bin", "--nll", tmp_path / "o.npy", *PLAIN)
