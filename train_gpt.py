@@ -114,7 +114,7 @@ class Config:
     probe_tokens: int = 40_000
     save_every: int = 100          # steps between checkpoints
     cpu_threads: int = 4           # at most; pocket's rules allow four cores
-    dtype: str = "auto"            # bf16, fp32, or auto: bf16 on GPUs and on CPUs with AMX; others are faster in fp32
+    dtype: str = "auto"            # bf16, fp32, or auto: bf16 on GPUs and on CPUs with AMX or AVX512-BF16, else fp32
 
 FINEWEB = dict(
     data="fineweb", train_tokens=100_000_000, seq_len=2048, window_short=1024, batch_tokens=524_288, device_tokens=16_384,
@@ -195,7 +195,8 @@ def setup_machine(c, args):
         device = torch.device("cpu")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(max(1, min(c.cpu_threads, cores) // local_world_size))
-        fast, why = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False), "AMX"
+        has = getattr(torch.cpu, "get_capabilities", dict)()
+        fast, why = has.get("amx_bf16", False) or has.get("avx512_bf16", False), "bf16 instructions"
     if world_size > 1:
         dist.init_process_group("nccl" if cuda else "gloo")
     bf16 = fast if c.dtype == "auto" else c.dtype == "bf16"
