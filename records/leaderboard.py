@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from audit import BLOCK, OPEN, ROOT, Broken, Refused, Scorer, audit_run, known_hash, read_npy, read_shard, read_tracks, run_command, run_limited, split_log  # noqa: E402
 
 MAX_BYTES = 5_000_000  # of a record
+STREAM = 100_000       # tokens of the longest streams that verify --smoke scores
 SUFFIXES = {".md", ".txt", ".json", ".npy", ".png", ".svg"}
 NAME = r"\d{4}-\d\d-\d\d_[a-z0-9][a-z0-9-]{0,39}"
 CLAIMS = {  # of each run in record.json, as train_gpt.py writes them: name -> type
@@ -298,7 +299,7 @@ def smoke(folder, seconds):
         if status != 0 or not (run / "record.json").exists():
             last = (printed.strip().splitlines() or ["nothing printed"])[-1][:200]
             return [f"{name}: its script does not train at toy size ({f'exit status {status}' if status is not None else f'over {seconds} s'}: {last})"]
-        return [f"{name}: {fault}" for fault in audit_run(run, seconds, np.random.default_rng(), 100_000, "pocket", lambda line: print(f"  {line}", flush=True))]
+        return [f"{name}: {fault}" for fault in audit_run(run, seconds, np.random.default_rng(), STREAM, "pocket", lambda line: print(f"  {line}", flush=True))]
 
 # ---- compare ----------------------------------------------------------------------------------------------------------
 
@@ -323,20 +324,13 @@ def read_scores(path):
     n = tokens.pop()
     return np.mean(sums, axis=0), np.array([s.sum() / n for s in sums]), n
 
-def student_p(t, df):
-    """Two-sided p-value of Student's t, by its integral in the angle atan(t / sqrt(df)), where the density is cos**(df - 1)."""
-    angle = np.linspace(0, math.pi / 2, 200_001)
+def student(df):
+    """Student's t: (values of |t|, the probability to exceed each, both sides), by the integral in the angle atan(t / sqrt(df)), where
+    the density is cos**(df - 1)."""
+    angle = np.linspace(0, math.pi / 2, 200_001)[:-1]
     density = np.cos(angle) ** (df - 1)
-    tail = np.flip(np.cumsum(np.flip(density)))
-    return float(min(1.0, np.interp(math.atan(abs(t) / math.sqrt(df)), angle, tail / tail[0])))
-
-def student_quantile(df, p=0.05):
-    """The |t| that is exceeded with probability p."""
-    low, high = 0.0, 1e4
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_p(middle, df) > p else (low, middle)
-    return high
+    tail = np.flip(np.cumsum(np.flip(density))) - density / 2
+    return math.sqrt(df) * np.tan(angle), tail / tail[0]
 
 def compare_scores(a, b, rules):
     """Mean of the difference a - b in nats per token, its 95% interval and p-value, from two read_scores().
@@ -362,8 +356,9 @@ def compare_scores(a, b, rules):
     if error == 0:
         return {"mean": mean, "interval": (mean, mean), "p": 1.0 if mean == 0 else 0.0, "text": 0.0, "seed": 0.0, "seed_df": seed_df, "blocks": n}
     df = (text + seed) ** 2 / (text ** 2 / max(1, n // (lags + 1) - 1) + (seed ** 2 / seed_df if seed_df else 0.0))
-    width = student_quantile(df) * error
-    return {"mean": mean, "interval": (mean - width, mean + width), "p": student_p(mean / error, df), "text": math.sqrt(text), "seed": math.sqrt(seed),
+    t, p = student(df)
+    width = error * np.interp(-0.05, -p, t)
+    return {"mean": mean, "interval": (mean - width, mean + width), "p": float(np.interp(abs(mean) / error, t, p)), "text": math.sqrt(text), "seed": math.sqrt(seed),
             "seed_df": seed_df, "blocks": n}
 
 def compare_command(args):

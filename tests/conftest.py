@@ -48,6 +48,13 @@ def tiny_data(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def pocket():
+    """The pocket shards, prepared where they are missing."""
+    if not (ROOT / "data" / "pocket" / "meta.json").exists():
+        prepare.prepare_pocket()
+
+
 @pytest.fixture
 def cli(monkeypatch, capsys):
     """Run train_gpt.py's command line in this process. Returns (exit status, what it printed, what it printed as errors)."""
