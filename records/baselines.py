@@ -8,6 +8,8 @@ Each line of plan.txt is a run: its name, a colon, the options that it gives to 
 where it stopped; lines added to the plan while it works are found. A run's log is kept without the script's source, whose
 sha256 stands in its first line, and the source itself once, in the record that submits the baseline at the budget.
 """
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,4 +34,46 @@ def train_missing():
         head, _, rest = (run / "log.txt").read_text().partition("\n")
         (LOGS / f"{name}.log").write_text(head + rest[rest.index("\n==== end of source"):])
 
-train_missing()
+def read_log(path):
+    """What a finished run's log says of it."""
+    text = path.read_text()
+    config = json.loads(re.search(r"^config (.*)$", text, re.MULTILINE)[1])
+    seconds, flops = re.search(r"^trained for ([\d.]+) s, .* seen, ([\d.e+]+) FLOPs", text, re.MULTILINE).groups()
+    return config | {"name": path.stem, "val_loss": float(re.search(r"^val_loss ([\d.]+) nats", text, re.MULTILINE)[1]), "seconds": float(seconds),
+                     "flops": float(flops), "parameters": int(re.search(r"([\d,]+) parameters", text)[1].replace(",", ""))}
+
+def write_curve():
+    """The sweep's table into records/baselines/README.md, and the best recipe at each number of tokens into baselines.json."""
+    recipes = {}
+    for path in LOGS.glob("*.log"):
+        run = read_log(path)
+        recipes.setdefault(re.sub(r"_s\d+$", "", run["name"]), []).append(run)  # a recipe's loss is the mean of its seeds'
+    rows, points = [], {}
+    for name, runs in recipes.items():
+        first, loss = runs[0], sum(run["val_loss"] for run in runs) / len(runs)
+        rows.append((first["train_tokens"], loss, name, runs))
+        if loss < points.get(first["train_tokens"], {"val_loss": 1e9})["val_loss"]:
+            points[first["train_tokens"]] = {"train_tokens": first["train_tokens"], "val_loss": round(loss, 6), "train_flops": first["flops"],
+                                             "parameters": first["parameters"], "run": name, "seeds": len(runs)}
+    lines = ["| tokens | val loss | seeds | layers x width | parameters | batch | muon_lr | embed_lr, head_lr, scalar_lr | FLOPs | training (s) | log |", "|" + " --- |" * 11]
+    for tokens, loss, name, runs in sorted(rows, key=lambda row: row[:3]):
+        seeds = " ".join(f"{run['val_loss']:.4f}" for run in runs) if len(runs) > 1 else "1"
+        c, best = runs[0], "**" if points[tokens]["run"] == name else ""
+        lines.append(f"| {tokens // 10 ** 6}M | {best}{loss:.4f}{best} | {seeds} "
+                     f"| {c['n_layer']} x {c['n_embd']} | {c['parameters']:,} | {c['batch_tokens']:,} | {c['muon_lr']:g} "
+                     f"| {c['embed_lr']:g}, {c['head_lr']:g}, {c['scalar_lr']:g} | {c['flops']:.3g} | {c['seconds']:.0f} | [{name}](pocket/{runs[0]['name']}.log) |")
+    page, begin, end = HERE / "baselines" / "README.md", "<!-- sweep: python records/baselines.py --table -->", "<!-- end of sweep -->"
+    text = page.read_text()
+    page.write_text(text.split(begin)[0] + begin + "\n" + "\n".join(lines) + "\n" + end + text.split(end)[1])
+    path = HERE / "baselines.json"
+    baselines = json.loads(path.read_text())
+    baselines["pocket"]["points"] = [points[tokens] for tokens in sorted(points)]
+    path.write_text(json.dumps(baselines, indent=1) + "\n")
+
+if __name__ == "__main__":
+    if sys.argv[1:] not in ([], ["--table"]):
+        print(__doc__)
+        sys.exit(2)
+    if not sys.argv[1:]:
+        train_missing()
+    write_curve()

@@ -430,6 +430,63 @@ def test_data_efficiency_is_read_off_the_curve_and_never_beyond_it():
     assert board.compute_multiplier({"points": points}, 3.0, 1.0) is None
 
 
+# ---- pull requests
+
+
+@pytest.fixture
+def branch(original, tmp_path):
+    """A clone of a small repository whose branch adds the tiny record, and a `python` that only says how it was called."""
+    root, folder = original
+    work = tmp_path / "work"
+    (work / ".github").mkdir(parents=True)
+    shutil.copy(ROOT / ".github" / "check_records.sh", work / ".github")
+    (work / "README.md").write_text(f"# Top\n{board.BEGIN}\nold\n{board.END}\n")
+    (work / "train_gpt.py").write_text("old script\n")
+    standing = work / "records" / "pocket" / "2026-01-01_standing"
+    standing.mkdir(parents=True)
+    (standing / "record.json").write_text("{}")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").write_text("#!/bin/sh\necho called with $@\n")
+    (tmp_path / "bin" / "python").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "GIT_CONFIG_GLOBAL": os.devnull}
+
+    def git(*argv):
+        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *argv], cwd=work, env=env, check=True, capture_output=True)
+
+    def check():
+        git("add", "-A")
+        git("commit", "-m", "change")
+        return subprocess.run([".github/check_records.sh", "base"], cwd=work, env=env, capture_output=True, text=True)
+    git("init")
+    git("add", "-A")
+    git("commit", "-m", "base")
+    git("branch", "base")
+    shutil.copytree(folder, work / "records" / "pocket" / folder.name)
+    (work / "train_gpt.py").write_bytes(audit.split_log((folder / "log.txt").read_bytes())[0])
+    (work / "README.md").write_text(f"# Top\n{board.BEGIN}\nnew\n{board.END}\n")
+    return work, check
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+@pytest.mark.parametrize("change, words", [
+    (None, None), ("data/prepare.py", "a record touches only"), ("records/pocket/2026-01-01_standing/record.json", "changes records that already stand"),
+    ("records/leaderboard.py", "a record touches only"), ("records/pocket/2026-01-02_tiny/more/x.md", "a record touches only"),
+    ("README.md", "outside the board"), ("train_gpt.py", "not the script of the record")])
+def test_what_a_pull_request_with_a_record_may_touch(branch, change, words):
+    work, check = branch
+    if change:
+        (work / change).parent.mkdir(exist_ok=True)
+        with open(work / change, "a") as f:
+            f.write("# changed\n")
+    done = check()
+    if change:
+        assert done.returncode == 1 and words in done.stderr and "verify" not in done.stdout, done.stdout + done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines() == [f"called with records/leaderboard.py {what}" for what in (
+            "render --check", "verify records/pocket/2026-01-02_tiny", "verify --smoke records/pocket/2026-01-02_tiny")]
+
+
 # ---- this repository
 
 
