@@ -42,8 +42,8 @@ CLAIMS = {  # of each run in record.json, as train_gpt.py writes them: name -> t
     "finished": str}
 ADDED = {"log": str, "val_nll": str, "weights_sha256": str}  # by submit
 TESTED = {"test_nll": str, "test_loss": float}               # by submit, last
-STEP = re.compile(r"(?:member (\d+)/(\d+) )?step (\d+)/(\d+) epoch ([\d.]+) loss ([\d.]+) .*?\btime ([\d.]+)s")
-SCORE = re.compile(r"val_loss ([\d.]+) nats per token, ([\d.]+) bits per byte, ([\d,]+) tokens scored")
+STEP = re.compile(r"(?:member (\d+)/(\d+) )?step (\d+)/(\d+) epoch (\d+\.\d+) loss (\d+\.\d+) .*?\btime (\d+\.\d+)s")
+SCORE = re.compile(r"val_loss (\d+\.\d+) nats per token, (\d+\.\d+) bits per byte, (\d[\d,]*) tokens scored")
 
 # ---- reading ----------------------------------------------------------------------------------------------------------
 
@@ -88,7 +88,8 @@ class Faults(list):
 
     def expect(self, holds, file, what, claimed=None, found=None):
         if not holds:
-            self.append(f"{self.folder}/{file}: {what}" + (f" is claimed {claimed}, found {found}" if claimed is not None else ""))
+            line = f"{self.folder}/{file}: {what}" + (f" is claimed {claimed}, found {found}" if claimed is not None else "")
+            self.append("".join(c if c.isprintable() else "?" for c in line[:400]))  # a record's text must not steer a terminal
         return holds
 
 def same(a, b, digits=None):
@@ -143,13 +144,13 @@ def verify_record(folder, root=ROOT, tested=True):
     if not faults and tested:
         before = earlier_records(root, track, record["submitted"])
         if before:
-            standing, _ = min(before, key=lambda e: mean_loss(e[1]))
-            new, old = read_scores(folder), read_scores(standing)
-            if faults.expect(len(new[0]) == len(old[0]), "record.json", f"has {len(new[0])} blocks, the standing record {standing.name} {len(old[0])}"):
-                c = compare_scores(new, old, tracks["tracks"][track])
-                limit = tracks["rule"]["p"]
+            standing, limit = min(before, key=lambda e: mean_loss(e[1]))[0], tracks["rule"]["p"]
+            try:
+                c = compare_scores(read_scores(folder), read_scores(standing), tracks["datasets"][tracks["tracks"][track]["dataset"]])
                 faults.expect(c["mean"] < 0 and c["p"] < limit, "record.json", f"does not beat {standing.name} at p < {limit}: "
                               f"{c['mean']:+.6f} nats per token, p = {c['p']:.2g}")
+            except Refused as e:
+                faults.expect(False, "record.json", f"cannot be compared with the standing record: {e}")
     return faults
 
 def own_file(faults, folder, name):
@@ -219,7 +220,7 @@ def verify_log(faults, path, run, dataset, hashes):
     except ValueError as e:
         expect(False, f"{e}")
         return
-    except (StopIteration, KeyError, TypeError) as e:
+    except (StopIteration, KeyError, TypeError, RecursionError) as e:
         expect(False, f"lacks its config or data line, or what belongs in it ({type(e).__name__}: {e})")
         return
     digest = hashlib.sha256(source).hexdigest()
@@ -234,7 +235,7 @@ def verify_log(faults, path, run, dataset, hashes):
     if len(marks) >= 2:
         del lines[marks[0]:marks[-1] + 1]  # what the model wrote on its own is no part of the log's claims
     verify_steps(expect, [STEP.match(line) for line in lines if re.match(r"(member \S+ )?step ", line)], run)
-    trained = [re.match(r"trained for ([\d.]+) s, ([\d,]+) tokens seen", line) for line in lines if line.startswith("trained for")]
+    trained = [re.match(r"trained for (\d+\.\d+) s, (\d[\d,]*) tokens seen", line) for line in lines if line.startswith("trained for")]
     if expect(len(trained) == 1 and trained[0], "has no line, or several, that begins 'trained for'"):
         seconds, seen = float(trained[0][1]), int(trained[0][2].replace(",", ""))
         expect(same(seconds, run["train_seconds"], 1), "seconds of training", seconds, f"{run['train_seconds']:.1f} in record.json")
@@ -332,13 +333,13 @@ def student(df):
     tail = np.flip(np.cumsum(np.flip(density))) - density / 2
     return math.sqrt(df) * np.tan(angle), tail / tail[0]
 
-def compare_scores(a, b, rules):
+def compare_scores(a, b, dataset):
     """Mean of the difference a - b in nats per token, its 95% interval and p-value, from two read_scores().
 
     Two things make it uncertain. The text: the difference varies from block to block, and neighbouring blocks, often of one document,
     vary together, so their covariances up to sqrt(n) blocks apart count, too (Newey and West 1987, Bartlett weights). The
     seed: another one gives another loss. Its variance is pooled from both records' seeds and from the spread that
-    tracks.json states for the track, measured over so many seeds, so that a single lucky seed proves little. Both add up;
+    tracks.json states for the dataset, measured over so many seeds, so that a single lucky seed proves little. Both add up;
     degrees of freedom after Welch and Satterthwaite."""
     (blocks_a, seeds_a, tokens), (blocks_b, seeds_b, tokens_b) = a, b
     if len(blocks_a) != len(blocks_b) or tokens != tokens_b:
@@ -348,7 +349,7 @@ def compare_scores(a, b, rules):
     centred = d - d.mean()
     covariance = [(centred[k:] * centred[:n - k]).sum() / n for k in range(lags + 1)]
     text = max(0.0, covariance[0] + 2 * sum((1 - k / (lags + 1)) * covariance[k] for k in range(1, lags + 1))) * n / tokens ** 2
-    spread, runs = rules.get("seed_sd", 0.0), rules.get("seed_runs", 1)
+    spread, runs = dataset.get("seed_sd", 0.0), dataset.get("seed_runs", 1)
     seed_df = runs - 1 + len(seeds_a) + len(seeds_b) - 2
     squares = (runs - 1) * spread ** 2 + sum(len(s) * s.var() for s in (seeds_a, seeds_b))
     seed = squares / seed_df * (1 / len(seeds_a) + 1 / len(seeds_b)) if seed_df and squares else 0.0
@@ -362,14 +363,13 @@ def compare_scores(a, b, rules):
             "seed_df": seed_df, "blocks": n}
 
 def compare_command(args):
-    scores, rules = [read_scores(path) for path in (args.a, args.b)], {}
-    track = {read_json(Path(str(path).split(",")[0]) / "record.json")["track"] for path in (args.a, args.b)}
-    if len(track) == 1:
-        rules = read_tracks()["tracks"].get(track.pop(), {})
+    scores, tracks = [read_scores(path) for path in (args.a, args.b)], read_tracks()
+    track = read_json(Path(args.a.split(",")[0]) / "record.json").get("track")
+    dataset = tracks["datasets"][tracks["tracks"][track]["dataset"]] if track in tracks["tracks"] else {}
     for letter, path, (_, seeds, _) in zip("AB", (args.a, args.b), scores):
         print(f"{letter}  {path}\n   val_loss {seeds.mean():.6f} nats per token" + (
             f", {len(seeds)} seeds: {' '.join(f'{s:.6f}' for s in seeds)}, standard deviation {seeds.std(ddof=1):.6f}" if len(seeds) > 1 else ", one seed"))
-    c = compare_scores(*scores, rules)
+    c = compare_scores(*scores, dataset)
     print(f"A - B  {c['mean']:+.6f} nats per token, 95% interval {c['interval'][0]:+.6f} to {c['interval'][1]:+.6f}, p = {c['p']:.2g}")
     known = f"the seed {c['seed']:.6f} ({c['seed_df']} degrees of freedom)" if c["seed_df"] else "the seed unknown: one seed each, and no spread in tracks.json"
     print(f"standard errors: the text {c['text']:.6f} (paired, {c['blocks']} blocks of {BLOCK:,} tokens), {known}")
@@ -622,6 +622,9 @@ def draw_curve(data, theme):
 
 def stale(root):
     """What render would change: {path: function that writes it}."""
+    for folder in record_folders(root):
+        for fault in verify_record(folder, root):
+            raise Refused(f"the board holds only what verifies: {fault}")
     text, pictures = board(root)
     readme, changes = root / "README.md", {}
     before = readme.read_text()

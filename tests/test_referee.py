@@ -254,7 +254,7 @@ def test_members_of_an_ensemble_count_their_steps_one_after_the_other(copy):
         lines = rest.splitlines(True)
         steps = [line for line in lines if line.startswith((b"step ", b"probe "))]
         at = lines.index(steps[0])
-        again = [b"member %d/2 " % member + line.split(b" time ")[0] + b" time %ds left 0s\n" % (0 if member == 1 else 0) if line.startswith(b"step") else line
+        again = [b"member %d/2 " % member + line.split(b" time ")[0] + b" time 0.0s left 0s\n" if line.startswith(b"step") else line
                  for member in (1, 2) for line in steps]
         text = b"".join(lines[:at] + again + lines[lines.index(steps[-1]) + 1:])
         return text.replace(b"19,968 tokens seen", b"39,936 tokens seen")
