@@ -87,8 +87,16 @@ class Config:
     # regularization
     dropout: float = 0.0           # of what each attention and each MLP adds to the residual stream
     layer_drop: float = 0.0        # stochastic depth: chance that a sequence skips the last layer, less for earlier ones
+    # learning more from the same tokens
+    members: int = 1               # models trained one after the other, each from its own seed; their probabilities are averaged
+    distill_alpha: float = 0.0     # chain distillation: from the second member on, this share of the loss is KL to the member before
+    distill_temp: float = 1.0      # ... between distributions at this temperature
+    student: str = ""              # after the members one model, with these changes to the recipe, learns from all of them and alone is scored
+    bag_size: int = 1              # token superposition (2605.06546): bags of so many tokens in, the next bag's tokens out ...
+    bag_until: float = 0.0         # ... for this first fraction of training, then single tokens
+    ema: float = 0.0               # the final weights are an exponential average over training, with this decay per step
     # training
-    epochs: float = 4.0            # passes over train_tokens
+    epochs: float = 4.0            # passes over train_tokens (steps of bags count as steps of single tokens do)
     batch_tokens: int = 4096       # tokens per optimizer step, over all ranks
     device_tokens: int = 8192      # tokens per forward pass of one rank; smaller saves memory, costs speed
     loss_chunk: int = 1024         # tokens whose logits exist at the same time
@@ -137,9 +145,10 @@ PRESETS = {  # shapes and recipes of the FineWeb tracks: the published Slowrun r
 
 def check_config(c):
     """Refuse what cannot be trained, before anything is loaded."""
-    below_one = {"dropout", "layer_drop", "loop_from", "window_grow"}  # at 1 nothing would be left, or the phase never come
+    below_one = {"dropout", "layer_drop", "loop_from", "window_grow", "bag_until", "ema"}  # at 1 nothing would be left, or the phase never come
     zero_is_fine = {"seed", "loop_first", "loop_last", "loop_times", "probes"}
-    not_fractions = {"softcap", "epochs", "muon_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "warmdown_power", "final_lr"}
+    not_fractions = {"softcap", "epochs", "muon_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "warmdown_power", "final_lr",
+                     "distill_temp"}
     for f in dataclasses.fields(c):
         value = getattr(c, f.name)
         if f.type is int:
@@ -157,7 +166,8 @@ def check_config(c):
     require(c.device_tokens >= c.seq_len, f"--device_tokens {c.device_tokens}: must hold one sequence of --seq_len {c.seq_len}")
     require(c.train_tokens > 1, f"--train_tokens {c.train_tokens}: must be 2 or more")
     require(c.window_pattern and not set(c.window_pattern) - set("SL"), f"--window_pattern {c.window_pattern!r}: write it in S and L")
-    require(c.softcap > 0 and c.epochs > 0, f"--softcap {c.softcap:g} --epochs {c.epochs:g}: must be above 0")
+    require(c.softcap > 0 and c.epochs > 0 and c.distill_temp > 0,
+            f"--softcap {c.softcap:g} --epochs {c.epochs:g} --distill_temp {c.distill_temp:g}: must be above 0")
     require(c.warmup + c.warmdown <= 1, f"--warmup {c.warmup:g} --warmdown {c.warmdown:g}: together more than all of training")
     require(c.loop_times == 0 or c.loop_first <= c.loop_last < c.n_layer,
             f"--loop_first {c.loop_first} --loop_last {c.loop_last}: not a range of the model's layers 0 to {c.n_layer - 1}")
@@ -165,6 +175,29 @@ def check_config(c):
     pair = r"(\d+\.?\d*|\.\d+):(\d+\.?\d*|\.\d+)"
     require(re.fullmatch(f"{pair}(,{pair})*", c.wd_points) and wd_points(c) == sorted(wd_points(c)),
             f"--wd_points {c.wd_points}: write fraction:multiple pairs in rising order, such as 0:1,0.5:0.1,1:1.5")
+    if c.student:
+        student = models(c)[-1]
+        require(student.distill_alpha > 0, f"--student {c.student}: learns nothing from the members with distill_alpha 0; add distill_alpha=0.5")
+        check_config(student)
+
+def models(c):
+    """The configs of the models that a run trains, in order: its members, which differ in seed, then its student."""
+    members = [dataclasses.replace(c, seed=c.seed + 1000 * k, student="") for k in range(c.members)]
+    if not c.student:
+        return members
+    changes = dict(change.partition("=")[::2] for change in c.student.split(","))
+    fixed = {"track", "data", "train_tokens", "seed", "members", "student"}
+    unfit = [name for name in changes if name not in Config.__dataclass_fields__ or name in fixed]
+    require(not unfit, f"--student {c.student}: write name=value pairs with commas between, of recipe options; {(unfit or [''])[0]!r} is none")
+    return [*members, dataclasses.replace(members[0], seed=c.seed + 1000 * c.members, **typed(changes))]
+
+def typed(values):
+    """Config fields as their types, from strings or numbers."""
+    kinds = {name: Config.__dataclass_fields__[name].type for name in values}
+    try:
+        return {name: bool(int(value)) if kinds[name] is bool else kinds[name](value) for name, value in values.items()}
+    except ValueError as e:
+        raise Stop(f"a value of the recipe cannot be read: {e}")
 
 # ---- machine ----------------------------------------------------------------------------------------------------------
 
@@ -213,7 +246,7 @@ def pick_attention(m, c, wanted):
     for name in names if wanted == "auto" else (wanted,):
         try:
             q = torch.randn(2, 128, c.n_head, c.n_embd // c.n_head, device=m.device, dtype=m.dtype, requires_grad=True)
-            masks = attention_masks(torch.zeros(2, 128, dtype=torch.long, device=m.device), 1, [64], name, m.dtype)
+            masks = attention_masks(torch.zeros(2, 128, dtype=torch.bool, device=m.device), [64], name, m.dtype)
             attention(q, q, q, masks[64], name).sum().backward()
             m.attention, m.why["attention"] = name, f"{name} ({'; '.join(reasons) or 'the best that works here'})"
             return
@@ -308,15 +341,17 @@ class Loader:
 
     An epoch is the budget's documents in an order drawn from (seed, epoch), laid end to end and cut every seq_len tokens into
     rows, which are then shuffled. A document that would end with its row is taken early, so that the next row starts at a BOS.
-    Every token but the epoch's first is a target exactly once; the last row is filled up with targets of -1: not counted."""
-    def __init__(self, tokens, bos_id, c, rank=0, world_size=1):
+    Every token but the epoch's first is a target exactly once; the last row is filled up with targets of -1: not counted.
+
+    With bags of s tokens a row holds s * seq_len tokens, and each bag's targets are the s tokens of the next bag."""
+    def __init__(self, tokens, bos_id, c, rank=0, world_size=1, bag=1):
         require(len(tokens) >= c.train_tokens, f"--train_tokens {c.train_tokens}: the training shard holds only {len(tokens)}; lower it")
         self.tokens = tokens[:c.train_tokens]
         starts = np.union1d([0], np.flatnonzero(self.tokens == bos_id))
         self.starts, self.lengths = starts, np.diff(np.append(starts, len(self.tokens)))
-        self.T, self.seed, self.bos_id, self.epoch = c.seq_len, c.seed, bos_id, None
-        self.rows_per_epoch = -(-(len(self.tokens) - 1) // self.T)  # ceil: the first token of an epoch is no target
-        self.batch_rows = c.batch_tokens // self.T
+        self.T, self.bag, self.seed, self.bos_id, self.epoch = c.seq_len * bag, bag, c.seed, bos_id, None
+        self.rows_per_epoch = max(1, -(-(len(self.tokens) - bag) // self.T))  # ceil: the first token (or bag) of an epoch is no target
+        self.batch_rows = c.batch_tokens // c.seq_len
         self.share = range(rank * self.batch_rows // world_size, (rank + 1) * self.batch_rows // world_size)
         self.steps = max(1, int(c.epochs * self.rows_per_epoch) // self.batch_rows)
 
@@ -337,8 +372,8 @@ class Loader:
         self.rows = rng.permutation(self.rows_per_epoch)
 
     def row(self, i):
-        """Tokens [i*T, i*T + T] of the epoch's stream, at most T+1."""
-        at, stop, pieces = i * self.T, min(i * self.T + self.T + 1, len(self.tokens)), []
+        """The T tokens of the epoch's stream from i*T on and the next one (or bag), as far as there are any."""
+        at, stop, pieces = i * self.T, min(i * self.T + self.T + self.bag, len(self.tokens)), []
         d = int(np.searchsorted(self.ends, at, side="right"))
         while at < stop:
             document = self.order[d]
@@ -350,7 +385,7 @@ class Loader:
         return np.concatenate(pieces)
 
     def batch(self, step):
-        """This rank's inputs and targets, int64 [rows, T] each, and the number of targets in the batch of all ranks."""
+        """This rank's inputs, int64 [rows, T], its targets [rows, T / bag, bag], and the number of targets in the batch of all ranks."""
         x = np.full((len(self.share), self.T), self.bos_id, dtype=np.int64)
         y = np.full((len(self.share), self.T), -1, dtype=np.int64)
         n_targets = 0
@@ -359,11 +394,11 @@ class Loader:
             if epoch != self.epoch:
                 self.start_epoch(epoch)
             i = int(self.rows[k])
-            n_targets += min(self.T, len(self.tokens) - 1 - i * self.T)
+            n_targets += max(0, min(self.T, len(self.tokens) - self.bag - i * self.T))
             if j in self.share:
                 row, at = self.row(i), j - self.share.start
-                x[at, :len(row) - 1], y[at, :len(row) - 1] = row[:-1], row[1:]
-        return torch.from_numpy(x), torch.from_numpy(y), n_targets
+                x[at, :len(row[:self.T])], y[at, :len(row[self.bag:])] = row[:self.T], row[self.bag:]
+        return torch.from_numpy(x), torch.from_numpy(y).unflatten(1, (-1, self.bag)), n_targets
 
 # ---- model ------------------------------------------------------------------------------------------------------------
 
@@ -407,32 +442,32 @@ def rotate(x, cos, sin):
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
-def attention_masks(tokens, bos_id, windows, impl, dtype):
+def attention_masks(starts, windows, impl, dtype):
     """What attention() needs for each window size, the same pairs for every implementation: token i sees token j if j <= i,
-    i - j < window, and no document begins after j up to i. tokens [B, T] -> {window: mask}."""
-    B, T = tokens.shape
+    i - j < window, and no document begins after j up to i. starts [B, T]: where one begins -> {window: mask}."""
+    (B, T), device = starts.shape, starts.device
     if impl == "varlen":  # rows and documents are sequences of one long batch
-        starts = tokens == bos_id
+        starts = starts.clone()
         starts[:, 0] = True
         firsts = starts.flatten().nonzero()[:, 0].int()
         room = 1 << max(B * T // 256, len(firsts)).bit_length()  # one shape to compile, nearly always; the rest is empty
         cu_seqlens = F.pad(firsts, (0, room - len(firsts)), value=B * T)
         return {w: (cu_seqlens, w) for w in windows}
-    document = (tokens == bos_id).cumsum(1, dtype=torch.int32) + 1
+    document = starts.cumsum(1, dtype=torch.int32) + 1
     if impl == "flex":
         def pairs(w):
             return lambda b, h, i, j: (j <= i) & (i - j < w) & (document[b, i] == document[b, j])
-        return {w: flex.create_block_mask(pairs(w), B, None, T, T, device=tokens.device) for w in windows}
+        return {w: flex.create_block_mask(pairs(w), B, None, T, T, device=device) for w in windows}
     masks = {}
     for w in windows:
         banded = 2 * w <= T and T % w == 0
         documents_q = document.unflatten(1, (-1, w)) if banded else document[:, None]  # [B, blocks, queries]
         documents_k = with_block_before(document, w) if banded else document[:, None]  # [B, blocks, keys]
         n_k = documents_k.size(2)
-        distance = torch.arange(n_k - documents_q.size(2), n_k, device=tokens.device)[:, None] - torch.arange(n_k, device=tokens.device)
+        distance = torch.arange(n_k - documents_q.size(2), n_k, device=device)[:, None] - torch.arange(n_k, device=device)
         forbidden = (documents_q[..., None] != documents_k[:, :, None]) | ((distance < 0) | (distance >= w))
         # added to the scores: SDPA would turn a mask of booleans into this anew in every layer
-        masks[w] = torch.zeros(forbidden.shape, dtype=dtype, device=tokens.device).masked_fill_(forbidden, -math.inf).flatten(0, 1)[:, None]
+        masks[w] = torch.zeros(forbidden.shape, dtype=dtype, device=device).masked_fill_(forbidden, -math.inf).flatten(0, 1)[:, None]
     return masks
 
 def with_block_before(x, w):
@@ -486,20 +521,26 @@ def layer_window(c, i, long_window):
     short = c.window_pattern[i % len(c.window_pattern)] == "S" and i < c.n_layer - 1
     return c.window_short if short else long_window
 
-def forward(p, tokens, c, m, bos_id, phase, drop=None):
-    """Hidden states [B, T, D] of tokens [B, T], normalized, ready for the head. phase: the layers to run, in order, and the long
-    window (see schedules). drop: None to score; in training a torch.Generator on the CPU that decides which sequences skip which
-    layers (dropout draws from torch's own)."""
-    layers, long_window = phase
-    B, T = tokens.shape
+def forward(p, tokens, c, m, bos_id, phase, drop=None, compiled=False):
+    """Hidden states [B, T, D] of tokens [B, T * bag], normalized, ready for the head. phase: the layers to run, in order, the long
+    window, and the size of a bag (see schedules). drop: None to score; in training a torch.Generator on the CPU that decides
+    which sequences skip which layers (dropout draws from torch's own)."""
+    layers, long_window, bag = phase
+    x, starts = F.embedding(tokens, p["wte"]), tokens == bos_id
+    if bag > 1:  # the mean over those tokens of a bag that belong to its last document
+        bags = starts.unflatten(1, (-1, bag))
+        begun = bags.cumsum(2)
+        last = (begun == begun[:, :, -1:])[..., None]
+        x, starts = (x.unflatten(1, (-1, bag)) * last).sum(2) / last.sum(2), bags.any(2)
+    B, T, _ = x.shape
     cos, sin = rope_tables(T, c.n_embd // c.n_head, m.device, m.dtype)
     windows = [min(layer_window(c, i, long_window), T) for i in layers]
-    masks = attention_masks(tokens, bos_id, sorted(set(windows)), m.attention, m.dtype)
+    masks = attention_masks(starts, sorted(set(windows)), m.attention, m.dtype)
     # every bank is cast and taken apart once per pass, not once per use
     banks = {name: p[name].to(m.dtype).unbind(0) for name in p if name not in ("wte", "lm_head", "skip")}
     dropout = c.dropout if drop is not None else 0.0
-    run_block = m.block if drop is not None else block  # scoring comes in all shapes, not worth compiling
-    x = x0 = norm(F.embedding(tokens, p["wte"]).to(m.dtype))
+    run_block = m.block if compiled else block  # scoring comes in all shapes, not worth compiling
+    x = x0 = norm(x.to(m.dtype))
     skips = {}
     for i, window in zip(layers, windows):
         mirror = c.n_layer - 1 - i
@@ -517,7 +558,7 @@ def forward(p, tokens, c, m, bos_id, phase, drop=None):
 
 def flops_per_token(c, vocab_size, phase):
     """FLOPs of a forward pass per token: two per weight that is multiplied, and the attention over the average window."""
-    layers, long_window = phase
+    layers, long_window, _ = phase
     weights = sum(math.prod(shape[1:]) for name, shape in param_shapes(c, vocab_size).items()
                   if name in ("attn", "mlp_in", "mlp_out", "gates"))
     windows = [min(layer_window(c, i, long_window), c.seq_len) for i in layers]
@@ -530,31 +571,47 @@ def head_logits(h, w, softcap):
     """Float32 logits [n, V] of hidden states [n, D] under the head [V, D]."""
     return F.linear(h, w).float().div_(softcap).tanh_().mul_(softcap)
 
-def objective_chunk(h, w, targets, softcap):
+def objective_chunk(h, w, targets, softcap, alpha, temp, teachers):
     """Cross-entropy of one chunk of tokens, and its gradient with respect to the logits before the softcap. h [n, D], w [V, D],
     targets [n, K]: each token's K targets count alike; -1 counts nothing. Returns the sum of the losses in nats (float32) and
-    the gradient, [n, V] in h's dtype."""
+    the gradient, [n, V] in h's dtype.
+
+    teachers: (h [n, D_t], w [V, D_t], log of the share) of each model whose averaged probabilities this one learns from. The loss is then
+    (1 - alpha) * CE + alpha * temp**2 * KL(teachers || model), both at temperature temp (arXiv 1503.02531)."""
     logits = head_logits(h, w, softcap)  # what follows works in place: fresh memory of this size costs more than the arithmetic
     counted, index = targets >= 0, targets.clamp_min(0)
     lse = logits.logsumexp(-1, keepdim=True)
     loss = ((lse - logits.gather(1, index)) * counted).sum()
     slope = logits.square().mul_(-1 / softcap ** 2).add_(1)  # of the softcap
-    grad = logits.sub_(lse).exp_().mul_(counted.sum(1, keepdim=True)).scatter_add_(1, index, -counted.float()).mul_(slope)
-    return loss, grad.to(h.dtype)
+    pull = None
+    if teachers:
+        mix = None
+        for h_t, w_t, log_share in teachers:
+            log_p = head_logits(h_t, w_t, softcap).log_softmax(-1) + log_share
+            mix = log_p if mix is None else torch.logaddexp(mix, log_p)
+        log_p, log_q = (mix / temp).log_softmax(-1), (logits / temp).log_softmax(-1)
+        taught = counted[:, :1]
+        loss = (1 - alpha) * loss + alpha * temp ** 2 * (((log_p - log_q) * log_p.exp()).sum(-1, keepdim=True) * taught).sum()
+        pull = alpha * temp * taught * (log_q.exp() - log_p.exp())
+    grad = logits.sub_(lse).exp_().mul_(counted.sum(1, keepdim=True)).scatter_add_(1, index, -counted.float())
+    if teachers:
+        grad = grad.mul_(1 - alpha).add_(pull)
+    return loss, grad.mul_(slope).to(h.dtype)
 
 class ChunkedObjective(torch.autograd.Function):
     """The logits of a chunk and their gradient are made in the forward pass and dropped; what stays is the gradient of h and
     of w. Three matrix products, as many as the plain way needs, and never more than [chunk, V] in memory."""
     @staticmethod
-    def forward(ctx, h, w, targets, softcap, scale, chunk, objective_chunk):
+    def forward(ctx, h, w, targets, c, scale, objective_chunk, teachers):
         grad_h, grad_w = torch.empty_like(h), torch.zeros(w.shape, dtype=torch.float32, device=w.device)
         cast = w.to(h.dtype)
         loss = torch.zeros((), device=h.device)
-        for i in range(0, len(h), chunk):
-            part = h[i:i + chunk]
-            part_loss, grad = objective_chunk(part, cast, targets[i:i + chunk], softcap)
+        for i in range(0, len(h), c.loss_chunk):
+            part = h[i:i + c.loss_chunk]
+            parts = tuple((h_t[i:i + c.loss_chunk], w_t, log_share) for h_t, w_t, log_share in teachers)
+            part_loss, grad = objective_chunk(part, cast, targets[i:i + c.loss_chunk], c.softcap, c.distill_alpha, c.distill_temp, parts)
             loss += part_loss
-            torch.mm(grad, cast, out=grad_h[i:i + chunk])
+            torch.mm(grad, cast, out=grad_h[i:i + c.loss_chunk])
             grad_w += grad.T @ part
         ctx.save_for_backward(grad_h.mul_(scale), grad_w.mul_(scale))
         return loss * scale
@@ -564,10 +621,10 @@ class ChunkedObjective(torch.autograd.Function):
         grad_h, grad_w = ctx.saved_tensors
         return grad_h * grad, grad_w * grad, None, None, None, None, None
 
-def objective(h, w, targets, c, m, scale):
+def objective(h, w, targets, c, m, scale, teachers=()):
     """The training loss: scale * sum over tokens and their targets of -log p(target), a scalar with gradients. h [N, D] from
-    forward(), w [V, D] the head in float32, targets [N, K] (K targets of each token, -1: none)."""
-    return ChunkedObjective.apply(h, w, targets, c.softcap, scale, c.loss_chunk, m.objective_chunk)
+    forward(), w [V, D] the head in float32, targets [N, K] (K targets of each token, -1: none); teachers as in objective_chunk()."""
+    return ChunkedObjective.apply(h, w, targets, c, scale, m.objective_chunk, teachers)
 
 def token_nll(h, w, targets, c):
     """-log p(target) of every token in nats, float32 [N]: the scoring side of objective(). h [N, D], targets [N]."""
@@ -703,12 +760,12 @@ def wd_points(c):
     return [tuple(map(float, point.split(":"))) for point in c.wd_points.split(",")]
 
 def phase_schedule(done, c):
-    """(layers, long window): which layers run, in order, and how far the long-window layers see."""
+    """(layers, long window, bag size): which layers run, in order, how far the long-window layers see, and what a position holds."""
     layers = list(range(c.n_layer))
     if c.loop_times and done >= c.loop_from:
         loop = layers[c.loop_first:c.loop_last + 1]
         layers[c.loop_last + 1:c.loop_last + 1] = loop * c.loop_times
-    return tuple(layers), c.window_short if done < c.window_grow else c.seq_len
+    return tuple(layers), c.window_short if done < c.window_grow else c.seq_len, c.bag_size if done < c.bag_until else 1
 
 # ---- checkpoint -------------------------------------------------------------------------------------------------------
 
@@ -736,13 +793,13 @@ def saved(run, kind):
     """Checkpoints of a kind ("state": to go on from; "weights": to score), oldest first."""
     return sorted(run.glob(f"{kind}-*.*.pt"))
 
-def save_tensors(run, kind, number, content):
-    """Write run/KIND-NUMBER.DIGEST.pt, and delete all but the two newest of its kind. The digest is of the bytes."""
+def save_tensors(run, kind, number, content, keep=None):
+    """Write run/KIND-NUMBER.DIGEST.pt, and delete all but the newest `keep` of its kind. The digest is of the bytes."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:16]
     write_file(run / f"{kind}-{number:07d}.{digest}.pt", buffer.getbuffer())
-    for old in saved(run, kind)[:-2]:
+    for old in saved(run, kind)[:-keep] if keep else []:
         old.unlink()
 
 def load_tensors(path):
@@ -752,17 +809,19 @@ def load_tensors(path):
         with contextlib.suppress(RuntimeError, pickle.UnpicklingError, EOFError):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
-def save_state(run, p, optimizer, progress, log, m):
-    """Everything that training needs to go on as if it had never stopped. progress: step, seconds on the track's clock over
-    all parts of the run, seconds of compilation beside it, and the length of the log so far."""
-    optimizer_state = optimizer.state_dict()  # every rank takes part in this
+def save_state(run, p, optimizer, ema, progress, log, m):
+    """Everything that training needs to go on as if it had never stopped. progress: the model and its step, seconds on the track's
+    clock over all parts of the run, seconds of compilation beside it, and the length of the log so far. Between two models
+    there is no more than that: p and ema are {}, the optimizer is None."""
+    optimizer_state = optimizer.state_dict() if optimizer else {}  # every rank takes part in this
     if m.rank == 0:
         progress["log_bytes"] = log.sync()
-        save_tensors(run, "state", progress["step"], {"params": {name: w.detach().cpu() for name, w in p.items()},
-                                                      "optimizer": optimizer_state, "progress": progress, "source": SOURCE_SHA256})
+        params, average = ({name: w.detach().cpu() for name, w in x.items()} for x in (p, ema))
+        save_tensors(run, "state", progress["model"] * 10 ** 7 + progress["step"],
+                     {"params": params, "optimizer": optimizer_state, "ema": average, "progress": progress, "source": SOURCE_SHA256}, keep=2)
 
-def load_state(run, p, optimizer):
-    """Put the newest undamaged checkpoint into p and the optimizer. Returns its progress, or that of a run not begun."""
+def load_state(run):
+    """The newest undamaged checkpoint of a run, or that of a run not begun."""
     for path in reversed(saved(run, "state")):
         state = load_tensors(path)
         if state is None:
@@ -770,28 +829,28 @@ def load_state(run, p, optimizer):
             continue
         require(state["source"] == SOURCE_SHA256,
                 f"--resume {run}: {SCRIPT} has changed since this run began; restore the source that its log.txt holds")
-        with torch.no_grad():
-            for name, w in p.items():
-                w.copy_(state["params"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        return state["progress"]
-    return {"step": 0, "seconds": 0.0, "compile_seconds": 0.0, "log_bytes": 0}
+        return state
+    return {"params": {}, "progress": {"model": 0, "step": 0, "seconds": 0.0, "compile_seconds": 0.0, "log_bytes": 0}}
 
 def read_run(run):
     """(Config, meta of its data, the other options it was started with) of a run folder."""
     return read_json(run / "config.json", lambda stored: (
         make_config(stored["config"]), check_meta(stored["data"]), {name: stored[name] for name in ASKED}))
 
+def load_weights(run, number, c, meta, m):
+    """The weights of a run's model `number`, checked against the shapes of its config."""
+    for path in run.glob(f"weights-{number:07d}.*.pt"):
+        p = load_tensors(path)
+        require(isinstance(p, dict) and {name: tuple(w.shape) for name, w in p.items()} == param_shapes(c, meta["vocab_size"]),
+                f"{path}: damaged, or not the weights that {run / 'config.json'} describes; train the run again")
+        return {name: w.to(m.device, torch.float32) for name, w in p.items()}
+    raise Stop(f"{run}: lacks the final weights of model {number + 1}; finish the run with --resume {run}")
+
 def load_run(run, args):
-    """(Config, machine, meta, final weights) of a run folder, the weights checked against the shapes of the config."""
+    """(Config, machine, meta) of a run folder that is to be scored."""
     c, meta, _ = read_run(run)
-    files = saved(run, "weights")
-    require(files, f"{run}: holds no final weights; finish the run with --resume {run}")
     args.compile = "off"  # scoring comes in all shapes
-    m, p = setup_machine(c, args), load_tensors(files[-1])
-    require(isinstance(p, dict) and {name: tuple(w.shape) for name, w in p.items()} == param_shapes(c, meta["vocab_size"]),
-            f"{files[-1]}: damaged, or not the weights that {run / 'config.json'} describes; train the run again")
-    return c, m, meta, {name: w.to(m.device, torch.float32) for name, w in p.items()}
+    return c, setup_machine(c, args), meta
 
 # ---- scoring ----------------------------------------------------------------------------------------------------------
 
@@ -815,6 +874,26 @@ def stream_nll(p, streams, c, m, bos_id, phase):
                 out[row, at + 1:at + 1 + T] = values
     return all_reduce(m, out).cpu().numpy()
 
+def scored_models(c):
+    """(number, config) of the models whose averaged probabilities are a run's: its members, or the student alone."""
+    trained = list(enumerate(models(c)))
+    return trained[-1:] if c.student else trained
+
+def mix_nll(total, nll, n):
+    """The NLL of n + 1 models' mean probability, from that of the first n (None: none yet) and that of one more."""
+    return nll.astype(np.float64) if n == 0 else np.maximum(0, -np.logaddexp(-total + math.log(n / (n + 1)), -nll - math.log(n + 1)))
+
+def run_nll(run, streams, c, m, meta, show=None):
+    """NLL of every token under the run's mean probability, float64 [n_streams, length]: one model in memory at a time."""
+    total, scored = None, scored_models(c)
+    for n, (number, one) in enumerate(scored):
+        nll = stream_nll(load_weights(run, number, one, meta, m), streams, one, m, meta["bos_id"], phase_schedule(1.0, one))
+        total = mix_nll(total, nll, n)
+        total[:, 0] = 0
+        if show and len(scored) > 1:
+            show(f"model {number + 1} alone: {mean_nll(nll):.6f}; the first {n + 1} together: {mean_nll(total):.6f} nats per token")
+    return total
+
 def mean_nll(nll):
     """Nats per scored token of [n_streams, length]: the first of each stream is not scored."""
     return float(nll.sum(dtype=np.float64) / max(1, nll.size - len(nll)))
@@ -823,7 +902,7 @@ def score_command(args):
     """--score RUN --tokens FILE --nll OUT.npy: the contract that a referee relies on."""
     require(args.tokens and args.nll and args.nll.suffix == ".npy" and args.nll.parent.is_dir(),
             f"--score: needs --tokens FILE and --nll OUT.npy in a folder that exists, not --tokens {args.tokens} --nll {args.nll}")
-    c, m, meta, p = load_run(args.score, args)
+    c, m, meta = load_run(args.score, args)
     shard = args.tokens.suffix != ".npy"
     try:
         streams = read_shard(args.tokens, meta["vocab_size"])[None] if shard else np.load(args.tokens, allow_pickle=False)
@@ -833,24 +912,27 @@ def score_command(args):
     require(kind.startswith("uint16 [") and streams.ndim == 2 and streams.size, f"--tokens {args.tokens}: {kind}, not uint16 [n_streams, length]")
     if not shard:
         check_ids(streams, meta["vocab_size"], args.tokens)
-    nll = stream_nll(p, streams, c, m, meta["bos_id"], phase_schedule(1.0, c))
+    nll = run_nll(args.score, streams, c, m, meta).astype(np.float32)
     if m.rank == 0:
         write_npy(args.nll, nll[0] if shard else nll)
         print(f"{args.nll}: {nll.size - len(nll):,} tokens scored, {mean_nll(nll):.6f} nats per token")
 
 @torch.no_grad()
-def sample(p, c, m, meta, prompt, n_tokens, temperature=0.8):
-    """Text that the model writes after `prompt`. The whole context is computed anew for each token: slow, and simple."""
+def sample(run, c, m, meta, prompt, n_tokens, temperature=0.8):
+    """Text that the run's models write after `prompt`. The whole context is computed anew for each token: slow, and simple."""
     from data import prepare
     try:
         encoding = prepare.get_encoding(meta["tokenizer"])
     except prepare.DataError as e:
         raise Stop(str(e))
+    scored = [(one, load_weights(run, number, one, meta, m)) for number, one in scored_models(c)]
     g, ids = torch.Generator().manual_seed(c.seed), [meta["bos_id"]] + encoding.encode_ordinary(prompt)
     for _ in range(n_tokens):
-        h = forward(p, torch.tensor([ids[-c.seq_len:]], device=m.device), c, m, meta["bos_id"], phase_schedule(1.0, c))
-        logits = head_logits(h[0, -1:], p["lm_head"].to(h.dtype), c.softcap)[0] / temperature
-        ids.append(int(torch.multinomial(logits.cpu().softmax(-1), 1, generator=g)))
+        mean = 0
+        for one, p in scored:
+            h = forward(p, torch.tensor([ids[-one.seq_len:]], device=m.device), one, m, meta["bos_id"], phase_schedule(1.0, one))
+            mean = mean + head_logits(h[0, -1:], p["lm_head"].to(h.dtype), one.softcap)[0].softmax(-1).cpu() / len(scored)
+        ids.append(int(torch.multinomial((mean.log() / temperature).softmax(-1), 1, generator=g)))
         if ids[-1] == meta["bos_id"]:
             break
     return encoding.decode([i for i in ids if i != meta["bos_id"]])
@@ -885,101 +967,174 @@ def hardware(m):
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc/cpuinfo") else []
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
-def train_pass(p, x, y, n_targets, c, m, bos_id, phase, seed):
-    """Forward and backward of one micro-batch; gradients add up in p[name].grad. Returns its part of the mean loss."""
+def train_pass(p, x, y, n_targets, c, m, bos_id, phase, seed, teachers=()):
+    """Forward and backward of one micro-batch; gradients add up in p[name].grad. teachers: (Config, weights) of each model that
+    this one learns from. Returns its part of the mean loss."""
     number = int(np.random.SeedSequence(seed).generate_state(1)[0])
     torch.manual_seed(number)  # what is dropped depends on the step alone, so a resumed run repeats it
     x, y = x.to(m.device, non_blocking=True), y.to(m.device, non_blocking=True)
-    h = forward(p, x, c, m, bos_id, phase, drop=torch.Generator().manual_seed(number))
-    loss = objective(h.flatten(0, 1), p["lm_head"], y.flatten()[:, None], c, m, 1 / n_targets)
+    taught = []
+    with torch.no_grad():
+        for t, p_t in teachers:
+            h = forward(p_t, x, t, m, bos_id, phase_schedule(1.0, t), compiled=True)
+            taught.append((h.flatten(0, 1), p_t["lm_head"].to(h.dtype), -math.log(len(teachers))))
+    h = forward(p, x, c, m, bos_id, phase, drop=torch.Generator().manual_seed(number), compiled=True)
+    loss = objective(h.flatten(0, 1), p["lm_head"], y.flatten(0, 1), c, m, 1 / n_targets, tuple(taught))
     loss.backward()
     return loss.detach()
 
-def compile_all(p, loader, total, c, m, bos_id):
-    """Compile every phase of training on made-up tokens; where that fails, go on without. Returns the seconds it took."""
-    began = time.monotonic()
+class Schedule:
+    """What a model trains on, step by step: bags first, if it has any, then single tokens. All a function of the step."""
+    def __init__(self, tokens, bos_id, c, m, steps=None):
+        self.plain = Loader(tokens, bos_id, c, m.rank, m.world_size)
+        self.total = min(self.plain.steps, steps or self.plain.steps)
+        self.phases = [phase_schedule((step + 0.5) / self.total, c) for step in range(self.total)]
+        self.n_bags = sum(bag > 1 for _, _, bag in self.phases)
+        self.bags = Loader(tokens, bos_id, c, m.rank, m.world_size, c.bag_size) if self.n_bags else None
+
+    def batch(self, step):
+        return self.bags.batch(step) if step < self.n_bags else self.plain.batch(step - self.n_bags)
+
+    def epoch(self, step):
+        """Passes over the data in the first `step` steps."""
+        parts = (self.bags, min(step, self.n_bags)), (self.plain, max(0, step - self.n_bags))
+        return sum(n * loader.batch_rows / loader.rows_per_epoch for loader, n in parts if loader)
+
+    def tokens_seen(self, c):
+        return sum(c.batch_tokens * bag for _, _, bag in self.phases)
+
+def train_flops(c, schedule, vocab_size, teachers):
+    """Of a model's training: a backward pass costs two forward passes, a teacher one."""
+    taught = sum(flops_per_token(t, vocab_size, phase_schedule(1.0, t)) for t in teachers)
+    return c.batch_tokens * sum(3 * flops_per_token(c, vocab_size, phase) + taught * (phase[2] == 1) for phase in schedule.phases)
+
+def compile_all(runs, m, meta):
+    """Compile every phase of training on made-up tokens; where that fails, go on without. runs: (Config, Schedule, teachers' configs) of
+    each model that is to be trained. Returns the seconds it took."""
+    began, vocab_size = time.monotonic(), meta["vocab_size"]
     if m.compiled:
         if m.rank == 0:
             print("compiling, for half a minute or so ...", flush=True)
-        x = torch.randint(len(p["wte"]), (c.device_tokens // c.seq_len, c.seq_len), generator=torch.Generator().manual_seed(0))
+        kinds = {dataclasses.replace(c, seed=0): (c, schedule, taught) for c, schedule, taught in runs}
+        kinds |= {(dataclasses.replace(c, seed=0), len(taught)): (c, schedule, taught) for c, schedule, taught in runs if taught}
         try:
-            for phase in sorted({phase_schedule((step + 0.5) / total, c) for step in range(total)}):
-                for rows in {len(part) for part in torch.arange(len(loader.share)).split(len(x))}:
-                    train_pass(p, x[:rows], x[:rows], 1, c, m, bos_id, phase, (0,))
+            for c, schedule, taught in kinds.values():
+                p = {name: w.to(m.device).requires_grad_() for name, w in init_params(c, vocab_size).items()}
+                teachers = [(t, {name: w.to(m.device) for name, w in init_params(t, vocab_size).items()}) for t in taught]
+                for phase in sorted(set(schedule.phases)):
+                    for rows in {len(part) for part in torch.arange(len(schedule.plain.share)).split(c.device_tokens // c.seq_len)}:
+                        x = torch.zeros(rows, c.seq_len * phase[2], dtype=torch.long)
+                        train_pass(p, x, x.unflatten(1, (-1, phase[2])), 1, c, m, meta["bos_id"], phase, (0,), teachers if phase[2] == 1 else ())
         except RuntimeError as e:  # as which torch._dynamo passes on whatever the compiler ran into
             set_compiled(m, "auto", f"the compiler failed, {first_line(e)}")
-        for w in p.values():
-            w.grad = None
     all_reduce(m, torch.zeros(1, device=m.device)).item()  # waiting for the slowest rank is compilation, too
     return time.monotonic() - began
 
-def train(c, run, m, meta, loader, val_tokens, asked_to_stop, steps):
-    """Train a run from its last checkpoint, or from the start. Returns (weights, progress, number of steps, Log)."""
-    bos_id, total = meta["bos_id"], min(loader.steps, steps or loader.steps)
-    p = {name: w.to(m.device).requires_grad_() for name, w in init_params(c, meta["vocab_size"]).items()}
-    optimizer = MuonAdamW(p, c, m)
-    progress = load_state(run, p, optimizer)
+def train(c, run, m, meta, train_tokens, val_tokens, asked_to_stop, steps):
+    """Train the models of a run from its last checkpoint, or from the start. Returns (progress, [(Config, Schedule, teachers)], Log)."""
+    state = load_state(run)
+    progress, trained = state["progress"], models(c)
     log = Log(run, m, progress["log_bytes"])
+    runs = []
+    for k, one in enumerate(trained):
+        chained = c.distill_alpha and 0 < k < c.members
+        taught = [trained[k - 1]] if chained else trained[:c.members] if k == c.members else []
+        runs.append((one, Schedule(train_tokens, meta["bos_id"], one, m, steps), taught))
     if progress["log_bytes"]:
-        log(f"resumed at step {progress['step']}/{total}")
+        log(f"resumed at step {progress['step']} of model {progress['model'] + 1}")
     else:
         log(f"==== source {SCRIPT} bytes={len(SOURCE)} sha256={SOURCE_SHA256}\n{SOURCE.decode()}\n==== end of source", show=False)
         log(f"config {json.dumps(dataclasses.asdict(c))}\ndata {json.dumps(meta)}", show=False)
-        log(f"run {run}: track {c.track}, {sum(w.numel() for w in p.values()):,} parameters, {total} steps of {c.batch_tokens:,} tokens, "
+        n_params = sum(math.prod(shape) for shape in param_shapes(c, meta["vocab_size"]).values())
+        log(f"run {run}: track {c.track}, {len(trained)} model(s), the first of {n_params:,} parameters, {runs[0][1].total} steps of {c.batch_tokens:,} tokens, "
             f"{c.epochs:g} epochs of {c.train_tokens:,}, seed {c.seed}")
     log(f"packages: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}; {platform.system()}\n"
         f"hardware: {hardware(m)}; {m.world_size} rank(s) of {torch.get_num_threads()} thread(s)\n"
         f"dtype: {m.why['dtype']}\nattention: {m.why['attention']}")
-    compile_seconds = compile_all(p, loader, total, c, m, bos_id)
+    compile_seconds = compile_all(runs[progress["model"]:], m, meta)
     log(f"compiled: {m.why['compiled']}; {compile_seconds:.1f} s, which the clock leaves out")
-    first, earlier = progress["step"], progress["seconds"]
     progress["compile_seconds"] += compile_seconds
+    start = START + compile_seconds - progress["seconds"]  # where the clock would have begun, had the run never stopped
+    total, probe = None, val_tokens[None, :c.probe_tokens]
+    for k, (one, schedule, taught) in enumerate(runs):
+        if k >= progress["model"]:
+            teachers = [(t, load_weights(run, trained.index(t), t, meta, m)) for t in taught]
+            p = train_model(k, one, run, m, meta, schedule, teachers, state if state["params"] else None, progress, log, probe, start, asked_to_stop, len(runs))
+            if m.rank == 0:
+                save_tensors(run, "weights", k, {name: w.detach().cpu() for name, w in p.items()})
+            progress |= {"model": k + 1, "step": 0, "seconds": time.monotonic() - start}
+            state = {"params": {}}
+        if m.world_size > 1:
+            dist.barrier()  # all ranks read what the first has written
+        if len(runs) > 1:  # also of the models that an earlier part of the run has trained
+            nll = stream_nll(load_weights(run, k, one, meta, m), probe, one, m, meta["bos_id"], phase_schedule(1.0, one))
+            total = mix_nll(total, nll, k) if k < c.members else nll
+            log(f"{'member' if k < c.members else 'student'} {k + 1} done: val_loss {mean_nll(nll):.4f}, all members so far together {mean_nll(total):.4f}, "
+                f"on the first {nll.size:,} tokens")
+        if k + 1 == progress["model"]:
+            save_state(run, {}, None, {}, progress, log, m)
+    return progress, runs, log
+
+def train_model(k, c, run, m, meta, schedule, teachers, state, progress, log, probe, start, asked_to_stop, n_models):
+    """Train one model of a run, from the state of a checkpoint or from the start. Returns its final weights."""
+    bos_id, total = meta["bos_id"], schedule.total
+    p = {name: w.to(m.device).requires_grad_() for name, w in init_params(c, meta["vocab_size"]).items()}
+    optimizer, ema = MuonAdamW(p, c, m), {name: w.detach().clone() for name, w in p.items()} if c.ema else {}
+    if state:
+        with torch.no_grad():
+            for target, source in ((p, state["params"]), (ema, state["ema"])):
+                for name, w in target.items():
+                    w.copy_(source[name])
+        optimizer.load_state_dict(state["optimizer"])
+    who = f"member {k + 1} " if n_models > 1 else ""
     probe_at = {round(total * (i + 1) / c.probes) for i in range(c.probes - 1)}
-    began = time.monotonic()
+    first, began = progress["step"], time.monotonic()
     for step in range(first, total):
-        done = (step + 0.5) / total
-        phase, lr = phase_schedule(done, c), lr_schedule(done, c)
-        x, y, n_targets = loader.batch(step)
+        done, phase = (step + 0.5) / total, schedule.phases[step]
+        lr = lr_schedule(done, c)
+        x, y, n_targets = schedule.batch(step)
         loss = torch.zeros((), device=m.device)
         for i, (xs, ys) in enumerate(zip(x.split(c.device_tokens // c.seq_len), y.split(c.device_tokens // c.seq_len))):
-            loss += train_pass(p, xs, ys, n_targets, c, m, bos_id, phase, (c.seed, step, m.rank, i))
+            loss += train_pass(p, xs, ys, n_targets, c, m, bos_id, phase, (c.seed, step, m.rank, i), teachers if phase[2] == 1 else ())
         optimizer.step(step, lr, wd_schedule(done, c), momentum_schedule(done, c))
+        for name, w in ema.items():
+            w.lerp_(p[name].detach(), 1 - min(c.ema, (step + 1) / (step + 10)))  # a young average forgets its first steps
         loss, stopping = all_reduce(m, torch.stack([loss, torch.tensor(float(bool(asked_to_stop)), device=m.device)])).tolist()
         saving = (step + 1) % c.save_every == 0 or step + 1 == total or stopping
         if not math.isfinite(loss) or saving and not all(w.isfinite().all() for w in p.values()):  # the same on every rank
-            raise Stop(f"step {step + 1}: the loss is {loss:.4f} and no longer finite, or the weights are not; the last good checkpoint is "
+            raise Stop(f"{who}step {step + 1}: the loss is {loss:.4f} and no longer finite, or the weights are not; the last good checkpoint is "
                        f"{(saved(run, 'state') or ['none, for it came before the first'])[-1]}", 1)
         now = time.monotonic()
         speed = (step + 1 - first) * c.batch_tokens / (now - began)
-        progress |= {"step": step + 1, "seconds": earlier + now - START - compile_seconds}
-        log(f"step {step + 1}/{total} epoch {(step + 1) * loader.batch_rows / loader.rows_per_epoch:.3f} loss {loss:.4f} "
+        progress |= {"step": step + 1, "seconds": now - start}
+        log(f"{who}step {step + 1}/{total} epoch {schedule.epoch(step + 1):.3f} loss {loss:.4f} "
             f"lr {lr * c.muon_lr:.5f} tok/s {speed:.0f} time {progress['seconds']:.1f}s "
             f"left {(total - step - 1) * c.batch_tokens / speed:.0f}s", pause=2.0 * (step + 1 < total))
         if step + 1 in probe_at:
-            nll = stream_nll(p, val_tokens[None, :c.probe_tokens], c, m, bos_id, phase)
-            log(f"probe {step + 1}/{total} val_loss {mean_nll(nll):.4f} on the first {nll.size:,} tokens")
+            # between bags the model cannot predict single tokens yet, so the probe is of what it would be scored as
+            nll = stream_nll(ema or p, probe, c, m, bos_id, (*phase[:2], 1))
+            log(f"{who}probe {step + 1}/{total} val_loss {mean_nll(nll):.4f} on the first {nll.size:,} tokens")
         if saving:
-            save_state(run, p, optimizer, progress, log, m)
+            save_state(run, p, optimizer, ema, progress, log, m)
         if stopping:
-            raise Stop(f"stopped at step {step + 1}/{total} and saved; go on with: python {SCRIPT} --resume {run}", 130)
-    return p, progress, total, log
+            raise Stop(f"stopped at {who}step {step + 1}/{total} and saved; go on with: python {SCRIPT} --resume {run}", 130)
+    return ema or p
 
-def finish(p, progress, total, log, c, run, m, meta, val_tokens, steps):
-    """After the clock: save the final weights, score them, write the record."""
-    if m.rank == 0:
-        save_tensors(run, "weights", 0, {name: w.detach().cpu() for name, w in p.items()})
-    nll = stream_nll(p, val_tokens[None], c, m, meta["bos_id"], phase_schedule(1.0, c))
+def finish(progress, runs, log, c, run, m, meta, val_tokens, steps):
+    """After the clock: score the final weights, write the record."""
+    nll = run_nll(run, val_tokens[None], c, m, meta, log)
     if m.rank > 0:
         return
-    vocab_size = meta["vocab_size"]
-    write_npy(run / "val_nll.npy", np.add.reduceat(nll[0].astype(np.float64), np.arange(0, nll.size, 1000)))
+    vocab_size, scored = meta["vocab_size"], [one for _, one in scored_models(c)]
+    write_npy(run / "val_nll.npy", np.add.reduceat(nll[0], np.arange(0, nll.size, 1000)))
     record = {
-        "track": c.track, "trial": steps is not None, "seed": c.seed, "members": 1,
-        "val_loss": mean_nll(nll), "val_bpb": nll.sum(dtype=np.float64) / math.log(2) / meta["text_bytes"]["val"], "val_tokens": nll.size - 1,
-        "train_seconds": progress["seconds"], "compile_seconds": progress["compile_seconds"], "steps": total,
-        "train_tokens": c.train_tokens, "tokens_seen": total * c.batch_tokens, "parameters": sum(w.numel() for w in p.values()),
-        "train_flops": 3 * c.batch_tokens * sum(flops_per_token(c, vocab_size, phase_schedule((i + 0.5) / total, c)) for i in range(total)),
-        "score_flops_per_token": flops_per_token(c, vocab_size, phase_schedule(1.0, c)),
+        "track": c.track, "trial": steps is not None, "seed": c.seed, "members": len(runs), "scored": len(scored),
+        "val_loss": mean_nll(nll), "val_bpb": nll.sum() / math.log(2) / meta["text_bytes"]["val"], "val_tokens": nll.size - 1,
+        "train_seconds": progress["seconds"], "compile_seconds": progress["compile_seconds"], "steps": sum(schedule.total for _, schedule, _ in runs),
+        "train_tokens": c.train_tokens, "tokens_seen": sum(schedule.tokens_seen(one) for one, schedule, _ in runs),
+        "parameters": sum(math.prod(shape) for one in scored for shape in param_shapes(one, vocab_size).values()),
+        "train_flops": sum(train_flops(one, schedule, vocab_size, taught) for one, schedule, taught in runs),
+        "score_flops_per_token": sum(flops_per_token(one, vocab_size, phase_schedule(1.0, one)) for one in scored),
         "source_sha256": SOURCE_SHA256, "data_sha256": meta["sha256"], "hardware": hardware(m), "ranks": m.world_size,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -987,14 +1142,14 @@ def finish(p, progress, total, log, c, run, m, meta, val_tokens, steps):
     log(f"trained for {progress['seconds']:.1f} s, {record['tokens_seen']:,} tokens seen, {record['train_flops']:.4g} FLOPs, "
         f"peak memory {peak / 2 ** 20:.0f} MiB")
     try:
-        log(f"---- what the model writes on its own\n{sample(p, c, m, meta, '', 300)}\n----")
+        log(f"---- what the model writes on its own\n{sample(run, c, m, meta, '', 300)}\n----")
     except Exception as e:  # whatever ails a tokenizer, it does not spoil a finished run
         log(f"no sample: {first_line(e)}")
     log(f"val_loss {record['val_loss']:.6f} nats per token, {record['val_bpb']:.6f} bits per byte, {record['val_tokens']:,} tokens scored\n"
         f"the run is in {run}")
     log.sync()
     write_file(run / "record.json", json.dumps(record, indent=1).encode() + b"\n")
-    for path in [*saved(run, "state"), *run.glob("*.tmp")]:  # a kill may have left a file half-written
+    for path in [*saved(run, "state")[:-1], *run.glob("*.tmp")]:  # the last state holds no more than the clock; a kill may have left a file half-written
         path.unlink()
 
 def train_command(given, args):
@@ -1003,7 +1158,12 @@ def train_command(given, args):
     if run:
         c, meta, asked = read_run(run)
         vars(args).update({name: value for name, value in asked.items() if getattr(args, name) in (None, "auto")})
-        require(not (run / "record.json").exists(), f"--resume {run}: this run is finished, its score is in record.json")
+        more = given.get("members", c.members)
+        require(more >= c.members and (more == c.members or not c.student),
+                f"--members {more}: the run has {c.members}{' and a student' if c.student else ''}; it can be given more members, before it has a student")
+        c = dataclasses.replace(c, members=more)
+        finished = (run / "record.json").exists() and read_json(run / "record.json", lambda record: record["members"] == len(models(c)))
+        require(not finished, f"--resume {run}: this run is finished, its score is in record.json; --members with a larger number goes on with it")
         m = setup_machine(c, args)
     else:
         c = make_config(given)
@@ -1015,8 +1175,8 @@ def train_command(given, args):
             dist.broadcast_object_list(names, src=0, device=m.device)  # the clocks of the ranks may differ
         run = Path(names[0])
     train_tokens, val_tokens = (read_shard(data_folder(c) / f, meta["vocab_size"], meta["sha256"][f]) for f in ("train.bin", "val.bin"))
-    loader = Loader(train_tokens, meta["bos_id"], c, m.rank, m.world_size)
-    if m.rank == 0 and not args.resume:
+    Loader(train_tokens, meta["bos_id"], c)  # what it refuses, it refuses before the run has a folder
+    if m.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         content = {name: getattr(args, name) for name in ASKED} | {"config": dataclasses.asdict(c), "data": meta}
         write_file(run / "config.json", json.dumps(content, indent=1).encode())
@@ -1028,7 +1188,7 @@ def train_command(given, args):
         asked_to_stop.append(time.monotonic())
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
-    trained = train(c, run, m, meta, loader, val_tokens, asked_to_stop, args.steps)
+    trained = train(c, run, m, meta, train_tokens, val_tokens, asked_to_stop, args.steps)
     asked_to_stop.insert(0, -math.inf)
     finish(*trained, c, run, m, meta, val_tokens, args.steps)
 
@@ -1059,7 +1219,7 @@ def parse_args(argv):
             dict(type=int, choices=(0, 1)) if f.type is bool else dict(type=f.type, metavar={int: "N", float: "X", str: "TEXT"}[f.type])))
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
-    unfit = [*given, *(name for name in ("run_dir", "steps") if getattr(args, name))]
+    unfit = [*(name for name in given if not (args.resume and name == "members")), *(name for name in ("run_dir", "steps") if getattr(args, name))]
     require(not unfit or not (args.resume or args.score or args.sample), f"--{(unfit or [''])[0]}: a run keeps its own, leave it out")
     require(args.steps is None or args.steps > 0, f"--steps {args.steps}: must be 1 or more")
     require(not args.run_dir or not (args.run_dir / "config.json").exists(),
@@ -1071,7 +1231,7 @@ def make_config(given):
     track = given.get("track", "pocket")
     require(track in PRESETS, f"--track {track}: choose one of {', '.join(PRESETS)}")
     values = PRESETS[track] | {"track": track} | given
-    c = Config(**{name: Config.__dataclass_fields__[name].type(value) for name, value in values.items()})
+    c = Config(**typed(values))
     check_config(c)
     return c
 
@@ -1081,8 +1241,7 @@ def main():
         if args.score:
             score_command(args)
         elif args.sample:
-            c, m, meta, p = load_run(args.sample, args)
-            print(sample(p, c, m, meta, args.prompt, args.length))
+            print(sample(args.sample, *load_run(args.sample, args), args.prompt, args.length))
         else:
             train_command(given, args)
         if dist.is_initialized():

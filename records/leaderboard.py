@@ -42,7 +42,7 @@ CLAIMS = {  # of each run in record.json, as train_gpt.py writes them: name -> t
     "finished": str}
 ADDED = {"log": str, "val_nll": str, "weights_sha256": str}  # by submit
 TESTED = {"test_nll": str, "test_loss": float}               # by submit, last
-STEP = re.compile(r"(?:member (\d+)/(\d+) )?step (\d+)/(\d+) epoch (\d+\.\d+) loss (\d+\.\d+) .*?\btime (\d+\.\d+)s")
+STEP = re.compile(r"(?:member (\d+) )?step (\d+)/(\d+) epoch (\d+\.\d+) loss (\d+\.\d+) .*?\btime (\d+\.\d+)s")
 SCORE = re.compile(r"val_loss (\d+\.\d+) nats per token, (\d+\.\d+) bits per byte, (\d[\d,]*) tokens scored")
 
 # ---- reading ----------------------------------------------------------------------------------------------------------
@@ -253,12 +253,12 @@ def verify_steps(expect, steps, run):
         return
     members, expected, epochs, clock = 0, 0, 0.0, 0.0
     for match in steps:
-        member, of, i, n = (int(g or 1) for g in match.groups()[:4])
-        epoch, loss, now = map(float, match.groups()[4:])
+        member, i, n = (int(g or 1) for g in match.groups()[:3])
+        epoch, loss, now = map(float, match.groups()[3:])
         if expected == 0:
             members, last = members + 1, 0.0
-        if not expect(member == members and of == run["members"] and i == expected + 1 and i <= n,
-                      f"after step {expected} of member {members} comes step {i} of {n} of member {member} of {of}: steps are missing"):
+        if not expect(member == members and i == expected + 1 and i <= n,
+                      f"after step {expected} of member {members} comes step {i} of {n} of member {member}: steps are missing"):
             return
         if not expect(now >= clock and epoch >= last and math.isfinite(loss), f"step {i}: time, epoch or loss runs backward"):
             return

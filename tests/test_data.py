@@ -44,7 +44,7 @@ def test_every_token_is_a_target_once_per_epoch():
     loader, tokens, _ = loader_of(made_up_lengths(60), epochs=3.0)
     batches = -(-3 * loader.rows_per_epoch // loader.batch_rows)
     x, y, counts = zip(*(loader.batch(s) for s in range(batches)))
-    x, y = np.concatenate([a.numpy() for a in x]), np.concatenate([b.numpy() for b in y])
+    x, y = np.concatenate([a.numpy() for a in x]), np.concatenate([b.numpy()[..., 0] for b in y])
     assert all(int((b >= 0).sum()) == n for b, n in zip(np.split(y, batches), counts))
     assert (y[:, :-1] == x[:, 1:])[y[:, 1:] >= 0].all()  # targets are the inputs, one later
     for epoch in range(3):
@@ -52,6 +52,30 @@ def test_every_token_is_a_target_once_per_epoch():
         seen = np.bincount(rows[rows >= 0], minlength=257)
         missing = np.bincount(tokens, minlength=257) - seen
         assert missing[BOS] == 1 and missing.sum() == 1
+
+
+@pytest.mark.parametrize("bag", [2, 5])
+def test_bags_against_a_plain_loop(bag):
+    """Rows are bag times as long; bag i's targets are the tokens of bag i+1, wherever the row ends; every token of an epoch but its
+    first bag is a target exactly once, and the count says how many."""
+    tokens, c = loader_of(made_up_lengths(60))[1:]
+    loader = t.Loader(tokens, BOS, c, bag=bag)
+    stream, seen = epoch_stream(loader, 0), []
+    for step in range(loader.rows_per_epoch // loader.batch_rows):
+        loader.start_epoch(0)
+        x, y, n = loader.batch(step)
+        assert x.shape == (loader.batch_rows, c.seq_len * bag) and y.shape == (loader.batch_rows, c.seq_len, bag)
+        assert int((y >= 0).sum()) == n
+        for j in range(loader.batch_rows):
+            at = int(loader.rows[step * loader.batch_rows + j]) * c.seq_len * bag
+            for i in range(c.seq_len):
+                wanted = stream[at + (i + 1) * bag:at + (i + 2) * bag]
+                assert (y[j, i].numpy()[:len(wanted)] == wanted).all() and (y[j, i, len(wanted):] == -1).all()
+            piece = stream[at:at + c.seq_len * bag]
+            assert (x[j].numpy()[:len(piece)] == piece).all()
+        seen.append(y[y >= 0].numpy())
+    whole = [row for i in range(loader.rows_per_epoch) for row in [stream[bag:][i * loader.T:(i + 1) * loader.T]]]
+    assert sum(map(len, whole)) == len(tokens) - bag
 
 
 def test_nothing_beyond_the_budget():

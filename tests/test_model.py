@@ -43,7 +43,7 @@ def plain_attention(q, k, v, tokens, window):
 def test_attention_is_a_masked_softmax(machine, window):
     tokens = random_tokens(2, 48, device=machine.device)
     q, k, v = (torch.randn(2, 48, 3, 8, device=machine.device) for _ in range(3))
-    mask = t.attention_masks(tokens, BOS, [window], "sdpa", torch.float32)[window]
+    mask = t.attention_masks(tokens == BOS, [window], "sdpa", torch.float32)[window]
     torch.testing.assert_close(t.attention(q, k, v, mask, "sdpa"), plain_attention(q, k, v, tokens, window), atol=1e-5, rtol=1e-4)
 
 
@@ -52,7 +52,7 @@ def test_flex_sees_the_same_pairs(machine, monkeypatch):
     tokens = random_tokens(2, 256, device=machine.device)
     q, k, v = (torch.randn(2, 256, 2, 16, device=machine.device) for _ in range(3))
     for window in (50, 256):
-        mask = t.attention_masks(tokens, BOS, [window], "flex", torch.float32)[window]
+        mask = t.attention_masks(tokens == BOS, [window], "flex", torch.float32)[window]
         with torch.no_grad():
             y = t.flex.flex_attention(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask).transpose(1, 2)
         torch.testing.assert_close(y, plain_attention(q, k, v, tokens, window), atol=1e-4, rtol=1e-3)
@@ -78,7 +78,7 @@ def test_varlen_sees_the_same_pairs(monkeypatch, bos_share):
     tokens = random_tokens(2, 48, bos_share=bos_share)
     q, k, v = (torch.randn(2, 48, 3, 8) for _ in range(3))
     for window in (5, 48):
-        y = t.attention(q, k, v, t.attention_masks(tokens, BOS, [window], "varlen", torch.float32)[window], "varlen")
+        y = t.attention(q, k, v, t.attention_masks(tokens == BOS, [window], "varlen", torch.float32)[window], "varlen")
         torch.testing.assert_close(y, plain_attention(q, k, v, tokens, window), atol=1e-5, rtol=1e-4)
 
 
@@ -90,7 +90,7 @@ def test_gpu_attention_equals_sdpa(machine, impl):
     for window in (64, 256):
         y, grads = {}, {}
         for name in (impl, "sdpa"):
-            y[name] = t.attention(*inputs, t.attention_masks(tokens, BOS, [window], name, torch.bfloat16)[window], name)
+            y[name] = t.attention(*inputs, t.attention_masks(tokens == BOS, [window], name, torch.bfloat16)[window], name)
             grads[name] = torch.autograd.grad(y[name].float().square().sum(), inputs)
         torch.testing.assert_close(y[impl], y["sdpa"], atol=2e-2, rtol=2e-2)
         for a, b in zip(grads[impl], grads["sdpa"]):
@@ -150,7 +150,7 @@ def test_compiled_layers_equal_plain_ones(params, machine):
     for block, chunk in ((t.block, t.objective_chunk), (machine.block, machine.objective_chunk)):
         m = dataclasses.replace(machine, block=block, objective_chunk=chunk)
         p = {k: v.requires_grad_() for k, v in params(c).items()}
-        losses.append(t.train_pass(p, x, x, x.numel(), c, m, BOS, t.phase_schedule(0.0, c), (0,)))
+        losses.append(t.train_pass(p, x, x[..., None], x.numel(), c, m, BOS, t.phase_schedule(0.0, c), (0,)))
         grads.append({k: v.grad for k, v in p.items()})
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
     for name in grads[0]:
@@ -166,8 +166,41 @@ def test_looped_layers_equal_the_unrolled_model(params, machine):
     p, x = params(c), random_tokens(2, c.seq_len, device=machine.device)
     unrolled = {k: v if k in ("wte", "lm_head") else v[list(layers)] for k, v in p.items()}
     wide = dataclasses.replace(c, n_layer=8, loop_times=0)
-    torch.testing.assert_close(t.forward(p, x, c, machine, BOS, (layers, c.seq_len)),
-                               t.forward(unrolled, x, wide, machine, BOS, (tuple(range(8)), c.seq_len)), rtol=0, atol=0)
+    torch.testing.assert_close(t.forward(p, x, c, machine, BOS, (layers, c.seq_len, 1)),
+                               t.forward(unrolled, x, wide, machine, BOS, (tuple(range(8)), c.seq_len, 1)), rtol=0, atol=0)
+
+
+def test_bags_against_a_plain_loop(params, machine):
+    """A bag's input is the mean embedding of those of its tokens that belong to its last document; from there on it is the plain
+    model, in which a bag that holds a BOS begins a document."""
+    c, bag = config(n_layer=2), 3
+    p, x = params(c), random_tokens(2, 20 * bag, device=machine.device)
+    x[0, 7], x[0, 13], x[1, 3], x[1, 5], x[1, 30] = BOS, BOS, BOS, BOS, BOS
+    means, starts = torch.zeros(2, 20, c.n_embd, device=machine.device), torch.zeros(2, 20, dtype=torch.bool, device=machine.device)
+    for b in range(2):
+        for i in range(20):
+            tokens = x[b, i * bag:(i + 1) * bag].tolist()
+            starts[b, i] = BOS in tokens
+            if BOS in tokens:
+                tokens = tokens[len(tokens) - 1 - tokens[::-1].index(BOS):]
+            means[b, i] = p["wte"][tokens].mean(0)
+    got = t.forward(p, x, c, machine, BOS, ((0, 1), 64, bag))
+    # the same positions as single tokens of a vocabulary of their own: 1 begins a document, the embedding is the mean
+    table = torch.cat([means.flatten(0, 1)])
+    ids = torch.arange(40, device=machine.device).view(2, 20)
+    for b in range(2):  # one row at a time, for only one id can be the BOS: documents by hand
+        firsts = [0] + [i for i in range(1, 20) if starts[b, i]] + [20]
+        for first, end in zip(firsts, firsts[1:]):
+            alone = t.forward(p | {"wte": table}, ids[b:b + 1, first:end], c, machine, -1, ((0, 1), 64, 1))
+            torch.testing.assert_close(got[b:b + 1, first:end], alone, rtol=1e-4, atol=1e-5)  # RoPE is relative: a document may start anywhere
+
+
+def test_bags_of_one_are_the_plain_model(params, machine):
+    c = config()
+    p, x = params(c), random_tokens(2, 64, device=machine.device)
+    off = t.forward(p, x, c, machine, BOS, t.phase_schedule(0.0, c))
+    on = t.forward(p, x, dataclasses.replace(c, bag_size=4, bag_until=0.5), machine, BOS, t.phase_schedule(0.5, dataclasses.replace(c, bag_size=4, bag_until=0.5)))
+    assert torch.equal(off, on)
 
 
 @pytest.mark.parametrize("switch", ["value_proj", "attn_gate", "x0_mix", "unet"])
@@ -356,3 +389,40 @@ def test_token_nll_is_the_objective(machine):
     h, w, targets = torch.randn(30, 8), torch.randn(20, 8), torch.randint(20, (30,))
     c = config(loss_chunk=7)
     torch.testing.assert_close(t.token_nll(h, w, targets, c).sum(), t.objective(h, w, targets[:, None], c, machine, 1.0))
+
+
+@pytest.mark.parametrize("n_teachers", [1, 3])
+@pytest.mark.parametrize("temp", [1.0, 1.7])
+def test_distillation_against_full_logits(machine, n_teachers, temp):
+    """Loss and gradients of (1 - a) CE + a T**2 KL(mean of the teachers || model), in chunks, against autograd over whole logits."""
+    c, g = config(distill_alpha=0.3, distill_temp=temp, loss_chunk=7), torch.Generator().manual_seed(0)
+    h, w = torch.randn(40, 16, generator=g), torch.randn(50, 16, generator=g)
+    targets = torch.randint(50, (40, 1), generator=g)
+    targets[5] = -1
+    # teachers have sizes of their own, and shares
+    teachers = [(torch.randn(40, 8 + i, generator=g), torch.randn(50, 8 + i, generator=g), -float(np.log(n_teachers))) for i in range(n_teachers)]
+    h, w, targets = (x.to(machine.device) for x in (h, w, targets))
+    teachers = tuple((a.to(machine.device), b.to(machine.device), share) for a, b, share in teachers)
+    h1, w1, h2, w2 = (x.clone().requires_grad_() for x in (h, w, h, w))
+    loss = t.objective(h1, w1, targets, c, machine, 0.1, teachers)
+    z = c.softcap * torch.tanh(h2 @ w2.T / c.softcap)
+    mean = torch.stack([(c.softcap * torch.tanh(a @ b.T / c.softcap)).softmax(-1) for a, b, _ in teachers]).mean(0)
+    softened = mean ** (1 / temp)
+    softened = softened / softened.sum(-1, keepdim=True)
+    kl = (softened * (softened.log() - (z / temp).log_softmax(-1))).sum(-1)
+    keep = targets[:, 0] >= 0
+    ce = torch.nn.functional.cross_entropy(z, targets[:, 0], ignore_index=-1, reduction="sum")
+    expected = 0.1 * (0.7 * ce + 0.3 * temp ** 2 * kl[keep].sum())
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(h1.grad, h2.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(w1.grad, w2.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_the_streaming_mean_is_the_mean():
+    rng = np.random.default_rng(0)
+    p, total = rng.random((5, 2, 30)), None
+    for n in range(5):
+        total = t.mix_nll(total, -np.log(p[n]).astype(np.float32), n)
+        np.testing.assert_allclose(total, -np.log(p[:n + 1].mean(0)), rtol=1e-5)

@@ -228,7 +228,7 @@ def not_json(root, folder):
     (first_run(seed=1), ["seed must differ"]), (first_run(trial=True), ["a trial"]), (first_run(threads=64), ["cores is claimed 64"]),
     (first_run(steps=38), ["number of steps is claimed 39"]), (first_run(train_seconds=0.0), ["time of the last step"]),
     (first_run(val_loss=float("nan")), ["record.json: damaged"]), (first_run(val_tokens="many"), ["val_tokens of run 1 is not a int"]),
-    (first_run(members=2), ["of member 1 of 1: steps are missing"]), (not_json, ["record.json: damaged"]), (lambda root, f: (f / "README.md").unlink(), ["README.md: missing"]),
+    (first_run(members=2), ["ends at step 0 of member 1, of 2 members: steps are missing"]), (not_json, ["record.json: damaged"]), (lambda root, f: (f / "README.md").unlink(), ["README.md: missing"]),
     (lambda root, f: edit(f / "record.json", lambda r: r.update(description="<script> | x")), ["description"]),
     (lambda root, f: edit(f / "record.json", lambda r: r.update(contributors=["[x](http://x)"])), ["contributors"])])
 def test_tampered_records_are_named(copy, tamper, words):
@@ -254,14 +254,14 @@ def test_members_of_an_ensemble_count_their_steps_one_after_the_other(copy):
         lines = rest.splitlines(True)
         steps = [line for line in lines if line.startswith((b"step ", b"probe "))]
         at = lines.index(steps[0])
-        again = [b"member %d/2 " % member + line.split(b" time ")[0] + b" time 0.0s left 0s\n" if line.startswith(b"step") else line
+        again = [b"member %d " % member + line.split(b" time ")[0] + b" time 0.0s left 0s\n" if line.startswith(b"step") else line
                  for member in (1, 2) for line in steps]
         text = b"".join(lines[:at] + again + lines[lines.index(steps[-1]) + 1:])
         return text.replace(b"19,968 tokens seen", b"39,936 tokens seen")
     lines_of_log(two_members)(root, folder)
     first_run(members=2, steps=78, tokens_seen=39_936)(root, folder)
     assert board.verify_record(folder, root) == []
-    without = lines_of_log(lambda rest: b"".join(line for line in rest.splitlines(True) if not line.startswith(b"member 2/2 step 3/")))
+    without = lines_of_log(lambda rest: b"".join(line for line in rest.splitlines(True) if not line.startswith(b"member 2 step 3/")))
     without(root, folder)
     assert any("after step 2 of member 2" in fault for fault in board.verify_record(folder, root))
 

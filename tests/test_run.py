@@ -33,12 +33,13 @@ def resume(run, *argv):
 
 def step_lines(run):
     """Step lines of the log, without the parts that are times."""
-    lines = [line for line in (run / "log.txt").read_text().splitlines() if line.startswith(("step ", "probe ", "val_loss "))]
+    lines = [line for line in (run / "log.txt").read_text().splitlines() if line.startswith(("step ", "probe ", "val_loss ", "member ", "model "))]
     return [line.split(" tok/s")[0] for line in lines]
 
 
 def weights(run):
-    return t.load_tensors(t.saved(run, "weights")[-1])
+    """Of all models of a run, under numbered names."""
+    return {f"{i} {name}": w for i, path in enumerate(t.saved(run, "weights")) for name, w in t.load_tensors(path).items()}
 
 
 def assert_same_end(run, undisturbed):
@@ -47,7 +48,8 @@ def assert_same_end(run, undisturbed):
         assert torch.equal(weights(run)[name], w), name
     assert (run / "val_nll.npy").read_bytes() == (undisturbed / "val_nll.npy").read_bytes()
     assert step_lines(run) == step_lines(undisturbed)
-    assert not t.saved(run, "state") and not list(run.glob("*.tmp"))
+    assert [path.stat().st_size < 5000 for path in t.saved(run, "state")] == [True]  # what is left holds the clock and no weights
+    assert not list(run.glob("*.tmp"))
 
 
 def wait_for(run, condition, process, seconds=60):
@@ -280,6 +282,110 @@ def test_data_that_changed_under_a_run(tiny_data, tmp_path, cli):
     assert status == 2 and "train.bin" in err and "sha256" in err
 
 
+# ---- several models in one run
+
+CHAIN = TINY | dict(members=3, distill_alpha=0.4, distill_temp=1.2, bag_size=2, bag_until=0.3, ema=0.9, loop_first=1, loop_last=1, loop_times=1,
+                    dropout=0.1, student="distill_alpha=0.9,n_embd=16,mlp_hidden=32")
+
+
+@pytest.fixture(scope="module")
+def chain(tiny_data, tmp_path_factory):
+    """A finished chain of three members and a student, with every phase there is."""
+    run = tmp_path_factory.mktemp("runs") / "chain"
+    process = start(tiny_data, run, recipe=CHAIN)
+    assert process.wait(300) == 0, process.stderr.read()
+    return run
+
+
+def member_losses(run):
+    return [line.split("loss ")[1].split()[0] for line in (run / "log.txt").read_text().splitlines() if line.startswith("member ") and " step " in line]
+
+
+@pytest.mark.parametrize("when", ["in the third member", "between two", "in the student"])
+def test_a_killed_chain_ends_as_if_it_had_not_been(tiny_data, chain, tmp_path, when):
+    """What is done is not trained again: the weights on disk stay the files they were."""
+    run = tmp_path / "run"
+    process = start(tiny_data, run, recipe=CHAIN)
+    text = {"in the third member": "\nmember 3 step 7/", "between two": "\nmember 2 done", "in the student": "\nmember 4 step 12/"}[when]
+    wait_for(run, lambda: (run / "log.txt").exists() and text in (run / "log.txt").read_text(), process, 120)
+    process.kill()
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in t.saved(run, "weights")}
+    assert len(before) >= 2
+    assert resume(run).returncode == 0
+    assert_same_end(run, chain)
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in list(before.items())[:2])
+
+
+def test_two_ranks_train_the_same_chain(tiny_data, chain, tmp_path):
+    run = tmp_path / "run"
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py",
+                    *options(**CHAIN | {"dropout": 0.0}, data=tiny_data), "--run_dir", str(run), *PLAIN], cwd=ROOT, check=True, timeout=300)
+    alone = tmp_path / "alone"
+    assert start(tiny_data, alone, recipe=CHAIN | {"dropout": 0.0}).wait(300) == 0
+    np.testing.assert_allclose(np.array(member_losses(run), float), np.array(member_losses(alone), float), atol=5e-4)
+    a, b = (json.loads((r / "record.json").read_text())["val_loss"] for r in (run, alone))
+    assert a == pytest.approx(b, abs=5e-4)
+
+
+def test_the_score_of_members_is_that_of_their_mean_probability(tiny_data, cli, tmp_path):
+    """Three members, raised from two by a later command: the same as three from the start, and as the mean of three runs."""
+    recipe, losses = TINY | dict(members=2), {}
+    run, three = tmp_path / "two", tmp_path / "three"
+    assert cli(*options(**recipe, data=tiny_data), "--run_dir", run, *PLAIN)[0] == 0
+    first = {path.name: path.stat().st_mtime_ns for path in t.saved(run, "weights")}
+    assert cli("--resume", run, *PLAIN)[0] == 2  # finished
+    assert cli("--resume", run, "--members", 1, *PLAIN)[0] == 2
+    assert cli("--resume", run, "--members", 3, *PLAIN)[0] == 0
+    assert {path.name: path.stat().st_mtime_ns for path in t.saved(run, "weights")[:2]} == first
+    assert cli(*options(**recipe | dict(members=3), data=tiny_data), "--run_dir", three, *PLAIN)[0] == 0
+    assert (run / "val_nll.npy").read_bytes() == (three / "val_nll.npy").read_bytes()
+    record = json.loads((run / "record.json").read_text())
+    assert record["members"] == record["scored"] == 3 and record["steps"] == 3 * 39
+    for name, folder in (("all", run), *((seed, tmp_path / f"s{seed}") for seed in (0, 1000, 2000))):
+        if name != "all":
+            assert cli(*options(**TINY | dict(seed=name), data=tiny_data), "--run_dir", folder, *PLAIN)[0] == 0
+        assert cli("--score", folder, "--tokens", tiny_data / "val.bin", "--nll", tmp_path / "out.npy", *PLAIN)[0] == 0
+        losses[name] = np.load(tmp_path / "out.npy").astype(np.float64)
+    np.testing.assert_allclose(losses["all"], -np.log(np.mean([np.exp(-losses[seed]) for seed in (0, 1000, 2000)], axis=0)), atol=1e-5)
+    assert losses["all"].mean() < min(losses[seed].mean() for seed in (0, 1000, 2000))
+
+
+def test_the_student_alone_is_scored(chain):
+    record = json.loads((chain / "record.json").read_text())
+    student = t.models(t.make_config({name: CHAIN[name] for name in CHAIN}))[-1]
+    assert (student.n_embd, student.distill_alpha, student.dropout, student.seed) == (16, 0.9, 0.1, 3000)
+    assert record["members"] == 4 and record["scored"] == 1 and record["parameters"] == sum(np.prod(s) for s in t.param_shapes(student, 257).values())
+    bags = [line.split("epoch ")[1].split()[0] for line in (chain / "log.txt").read_text().splitlines() if line.startswith("member 1 step ")]
+    assert record["tokens_seen"] == 4 * 512 * (39 + 12)  # 12 of the 39 steps see bags of two
+    assert float(bags[-1]) == pytest.approx(512 * 51 / 20_000, rel=0.02)
+
+
+def test_alpha_zero_is_independent_members(tiny_data, cli, tmp_path):
+    """Off means off: with alpha 0 the second member is the run of its seed."""
+    for name, changes in (("two", dict(members=2)), ("alone", dict(seed=1000))):
+        assert cli(*options(**TINY | changes, data=tiny_data), "--run_dir", tmp_path / name, *PLAIN)[0] == 0
+    assert [line.split(" tok/s")[0] for line in (tmp_path / "two" / "log.txt").read_text().splitlines() if line.startswith("member 2 step")] == [
+        "member 2 " + line for line in step_lines(tmp_path / "alone") if line.startswith("step")]
+
+
+def test_ema_is_the_average_of_the_path(tiny_data, cli, tmp_path, monkeypatch):
+    path, step = [], t.MuonAdamW.step
+
+    def recorded(self, *args):
+        step(self, *args)
+        path.append({name: w.detach().clone() for name, w in self.p.items()})
+    monkeypatch.setattr(t.MuonAdamW, "step", recorded)
+    assert cli(*options(**TINY | dict(ema=0.8), data=tiny_data), "--run_dir", tmp_path / "r", *PLAIN)[0] == 0
+    c = t.make_config(TINY)
+    for name, start_ in t.init_params(c, 257).items():
+        average = start_
+        for i, p in enumerate(path):
+            d = min(0.8, (i + 1) / (i + 10))
+            average = d * average + (1 - d) * p[name]
+        torch.testing.assert_close(weights(tmp_path / "r")[f"0 {name}"], average, rtol=1e-4, atol=1e-6)
+
+
 # ---- mistakes of the user: one line that names the option or file, status 2, nothing written
 
 BAD_OPTIONS = [
@@ -292,6 +398,9 @@ BAD_OPTIONS = [
     (["--muon_lr", "fast"], "--muon_lr"), (["--unet", "2"], "--unet"), (["--wd_points", "0.5:1,0:1"], "--wd_points"), (["--wd_points", "x"], "--wd_points"),
     (["--dtype", "fp8"], "--dtype"), (["--track", "nonesuch"], "--track"), (["--train_tokens", "40000"], "--train_tokens"),
     (["--nonesuch", "1"], "--nonesuch"), (["--steps", "0"], "--steps"), (["--attention", "varlen"], "--attention"), (["--seed", "-1"], "--seed"),
+    (["--members", "0"], "--members"), (["--student", "depth=3", "--distill_alpha", "0.5"], "--student"), (["--student", "n_layer=2"], "--student"),
+    (["--student", "distill_alpha=0.5,n_layer=x"], "cannot be read"), (["--bag_until", "1"], "--bag_until"), (["--ema", "1"], "--ema"),
+    (["--distill_temp", "0"], "--distill_temp"),
 ]
 
 
