@@ -222,8 +222,8 @@ class Audit:
         moved = self.score(cut) - nll[source]
         before += [row[:p] for row, p in zip(moved, cuts)]
         futures = f"{n + len(cuts)} changed futures ({len(ends)} window ends seen)"
-        self.alike("causality", np.concatenate([part[-16:] for part in before]), f"{futures} just behind")
-        self.alike("causality, far", np.concatenate([part[:-16] for part in before]), futures)
+        self.alike("causality", np.concatenate([part[-4:] for part in before]), f"{futures} just behind")
+        self.alike("causality, far", np.concatenate([part[:-4] for part in before]), futures)
 
     def among_others(self, base, nll, rows):
         """The NLL of `rows`, in a batch with half of the base rows, each twice, and with rows of noise. On the way: a row's NLL must not

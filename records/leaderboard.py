@@ -527,7 +527,7 @@ def board_rows(root, tracks, baselines, track):
             "files": f"[note]({link}/README.md) [log]({link}/{runs[0]['log']})", "value": loss, "efficiency": efficiency, "name": folder.name})
     for r in tracks["tracks"][track].get("references", []):
         rows.append({"loss": f"{r['val_loss']:.3f}", "data": times(data_efficiency(curve, r["val_loss"], budget)), "what": f"*{r['what']}*",
-                     "date": r["date"], "by": r["by"], "files": f"[source]({r['url']})", "value": r["val_loss"], "hardware": r["hardware"]})
+                     "date": r["date"], "by": r["by"], "files": f"[source]({r['url']})", "value": r["val_loss"]})
     rank = 0
     for row in sorted(rows, key=lambda r: r["value"]):
         if "name" in row:
@@ -535,9 +535,14 @@ def board_rows(root, tracks, baselines, track):
             row["rank"] = str(rank)
         yield row
 
-COLUMNS = {"rank": "#", "loss": "val loss, nats per token", "what": "description", "data": "data efficiency", "compute": "compute multiplier",
-           "bpb": "bits per byte", "gap": "test gap", "params": "parameters", "use": "FLOPs per token scored", "seen": "tokens seen",
-           "time": "training", "hardware": "hardware", "date": "date", "by": "contributors", "files": "files"}
+RESULT = {"rank": "#", "loss": "val loss (nats per token)", "data": "data efficiency", "what": "description", "date": "date", "by": "contributors", "files": "files"}
+COST = {"rank": "#", "bpb": "bits per byte", "gap": "test gap", "compute": "compute multiplier", "params": "parameters",
+        "use": "FLOPs per scored token", "seen": "tokens seen", "time": "training", "hardware": "hardware"}
+
+def table(columns, rows):
+    """Lines of Markdown, one for each row, and an empty one."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (columns.values(), *([row.get(name, "") for name in columns] for row in rows))]
+    return [lines[0], "|" + " --- |" * len(columns), *lines[1:], ""]
 
 def board(root):
     """The text between the markers of README.md, and the pictures to draw: {path: (function, data)}."""
@@ -551,9 +556,9 @@ def board(root):
             text += ["", "No record yet.", ""]
             continue
         own = [row for row in rows if "name" in row]
-        text += ["", "| " + " | ".join(COLUMNS.values()) + " |", "|" + " --- |" * len(COLUMNS)]
-        text += ["| " + " | ".join(row.get(name, "") for name in COLUMNS) + " |" for row in rows] + [""]
+        text += ["", *table(RESULT, rows)]
         if own:
+            text += ["What they cost, by the same numbers:", "", *table(COST, own)]
             curve = baselines[rules["dataset"]]
             drawn = {"records": [(r["name"], r["value"], r["efficiency"]) for r in sorted(own, key=lambda r: -r["value"])], "track": track,
                      "budget": tracks["datasets"][rules["dataset"]]["train_tokens"], "points": curve["points"]}

@@ -59,11 +59,11 @@ def test_a_claimed_nll_that_is_not_the_scorers_own():
         assert not checks(scorers.other_context, seed, honest * 0.98, part=20_000)["reproduction"]
 
 
-def test_a_peek_of_one_part_in_a_hundred():
-    """Too little to move single tokens much: the average just behind the cut shows it."""
+def test_a_peek_of_two_parts_in_a_hundred():
+    """Worth 0.02 nats here: single tokens move little, those just behind a cut move on average."""
     def weak(x):
-        return -np.log(0.99 * np.exp(-scorers.honest(x)) + 0.01 * np.exp(-scorers.peeking(x)))
-    assert not checks(weak, 0)["causality"]
+        return -np.log(0.98 * np.exp(-scorers.honest(x)) + 0.02 * np.exp(-scorers.peeking(x)))
+    assert not any(checks(weak, seed)["causality"] for seed in range(5))
 
 
 def test_rounding_is_no_fault():

@@ -407,7 +407,8 @@ def test_render_is_stable_and_notices_what_is_stale(copy):
     assert readme.startswith("# Board") and readme.endswith("after\n")
     assert write() == []
     loss = board.mean_loss(json.loads((folder / "record.json").read_text()))
-    row = next(line for line in readme.splitlines() if "The tiny recipe" in line)
+    row, cost = next(line for line in readme.splitlines() if "The tiny recipe" in line), readme.split("What they cost")[1].splitlines()[4]
+    assert cost.startswith("| 1 | ") and "| 20k |" in cost.replace("19.968k", "20k").replace("| 20.0k |", "| 20k |")
     assert f"| {loss:.4f} (2 seeds) |" in row and "[log](records/pocket/2026-01-02_tiny/log.txt)" in row and "A. Author, b-c" in row
     assert "not verified here" in readme and "| 3.307 |" in readme  # the published rows have no rank
     assert next(line for line in readme.splitlines() if "| 3.307 |" in line).startswith("|  | 3.307 |")
