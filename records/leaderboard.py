@@ -337,10 +337,10 @@ def compare_scores(a, b, dataset):
     """Mean of the difference a - b in nats per token, its 95% interval and p-value, from two read_scores().
 
     Two things make it uncertain. The text: the difference varies from block to block, and neighbouring blocks, often of one document,
-    vary together, so their covariances up to sqrt(n) blocks apart count, too (Newey and West 1987, Bartlett weights). The
-    seed: another one gives another loss. Its variance is pooled from both records' seeds and from the spread that
-    tracks.json states for the dataset, measured over so many seeds, so that a single lucky seed proves little. Both add up;
-    degrees of freedom after Welch and Satterthwaite."""
+    vary together, so their covariances up to sqrt(n) blocks apart count, too (Newey and West 1987, Bartlett weights). The seed:
+    another one gives another loss, so a single lucky one must prove little. Records have too few seeds to estimate that
+    spread from, so tracks.json states it for the dataset (seed_sd), measured once. Student's t, with as many degrees
+    of freedom as there are stretches of sqrt(n) blocks."""
     (blocks_a, seeds_a, tokens), (blocks_b, seeds_b, tokens_b) = a, b
     if len(blocks_a) != len(blocks_b) or tokens != tokens_b:
         raise Refused(f"scored on different streams: {tokens:,} and {tokens_b:,} tokens")
@@ -349,18 +349,12 @@ def compare_scores(a, b, dataset):
     centred = d - d.mean()
     covariance = [(centred[k:] * centred[:n - k]).sum() / n for k in range(lags + 1)]
     text = max(0.0, covariance[0] + 2 * sum((1 - k / (lags + 1)) * covariance[k] for k in range(1, lags + 1))) * n / tokens ** 2
-    spread, runs = dataset.get("seed_sd", 0.0), dataset.get("seed_runs", 1)
-    seed_df = runs - 1 + len(seeds_a) + len(seeds_b) - 2
-    squares = (runs - 1) * spread ** 2 + sum(len(s) * s.var() for s in (seeds_a, seeds_b))
-    seed = squares / seed_df * (1 / len(seeds_a) + 1 / len(seeds_b)) if seed_df and squares else 0.0
+    seed = dataset.get("seed_sd", 0.0) ** 2 * (1 / len(seeds_a) + 1 / len(seeds_b))
     mean, error = float(d.sum() / tokens), math.sqrt(text + seed)
-    if error == 0:
-        return {"mean": mean, "interval": (mean, mean), "p": 1.0 if mean == 0 else 0.0, "text": 0.0, "seed": 0.0, "seed_df": seed_df, "blocks": n}
-    df = (text + seed) ** 2 / (text ** 2 / max(1, n // (lags + 1) - 1) + (seed ** 2 / seed_df if seed_df else 0.0))
-    t, p = student(df)
+    t, p = student(max(1, n // (lags + 1) - 1))
     width = error * np.interp(-0.05, -p, t)
-    return {"mean": mean, "interval": (mean - width, mean + width), "p": float(np.interp(abs(mean) / error, t, p)), "text": math.sqrt(text), "seed": math.sqrt(seed),
-            "seed_df": seed_df, "blocks": n}
+    chance = float(np.interp(abs(mean) / error, t, p)) if error else float(mean == 0)
+    return {"mean": mean, "interval": (mean - width, mean + width), "p": chance, "text": math.sqrt(text), "seed": math.sqrt(seed), "blocks": n}
 
 def compare_command(args):
     scores, tracks = [read_scores(path) for path in (args.a, args.b)], read_tracks()
@@ -371,8 +365,8 @@ def compare_command(args):
             f", {len(seeds)} seeds: {' '.join(f'{s:.6f}' for s in seeds)}, standard deviation {seeds.std(ddof=1):.6f}" if len(seeds) > 1 else ", one seed"))
     c = compare_scores(*scores, dataset)
     print(f"A - B  {c['mean']:+.6f} nats per token, 95% interval {c['interval'][0]:+.6f} to {c['interval'][1]:+.6f}, p = {c['p']:.2g}")
-    known = f"the seed {c['seed']:.6f} ({c['seed_df']} degrees of freedom)" if c["seed_df"] else "the seed unknown: one seed each, and no spread in tracks.json"
-    print(f"standard errors: the text {c['text']:.6f} (paired, {c['blocks']} blocks of {BLOCK:,} tokens), {known}")
+    seed = f"the seed {c['seed']:.6f} (from the dataset's spread, {dataset['seed_sd']})" if c["seed"] else "the seed not counted: tracks.json knows no spread"
+    print(f"standard errors: the text {c['text']:.6f} (paired, {c['blocks']} blocks of {BLOCK:,} tokens), {seed}")
 
 def source_of(path):
     """The script of a record or run folder, as lines."""
@@ -533,7 +527,7 @@ def board_rows(root, tracks, baselines, track):
             "files": f"[note]({link}/README.md) [log]({link}/{runs[0]['log']})", "value": loss, "efficiency": efficiency, "name": folder.name})
     for r in tracks["tracks"][track].get("references", []):
         rows.append({"loss": f"{r['val_loss']:.3f}", "data": times(data_efficiency(curve, r["val_loss"], budget)), "what": f"*{r['what']}*",
-                     "date": r["date"], "by": r["by"], "files": f"[source]({r['url']})", "value": r["val_loss"], "hardware": r["hardware"]})
+                     "date": r["date"], "by": r["by"], "files": f"[source]({r['url']})", "value": r["val_loss"]})
     rank = 0
     for row in sorted(rows, key=lambda r: r["value"]):
         if "name" in row:
@@ -541,9 +535,14 @@ def board_rows(root, tracks, baselines, track):
             row["rank"] = str(rank)
         yield row
 
-COLUMNS = {"rank": "#", "loss": "val loss, nats per token", "what": "description", "data": "data efficiency", "compute": "compute multiplier",
-           "bpb": "bits per byte", "gap": "test gap", "params": "parameters", "use": "FLOPs per token scored", "seen": "tokens seen",
-           "time": "training", "hardware": "hardware", "date": "date", "by": "contributors", "files": "files"}
+RESULT = {"rank": "#", "loss": "val loss (nats per token)", "data": "data efficiency", "what": "description", "date": "date", "by": "contributors", "files": "files"}
+COST = {"rank": "#", "bpb": "bits per byte", "gap": "test gap", "compute": "compute multiplier", "params": "parameters",
+        "use": "FLOPs per scored token", "seen": "tokens seen", "time": "training", "hardware": "hardware"}
+
+def table(columns, rows):
+    """Lines of Markdown, one for each row, and an empty one."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (columns.values(), *([row.get(name, "") for name in columns] for row in rows))]
+    return [lines[0], "|" + " --- |" * len(columns), *lines[1:], ""]
 
 def board(root):
     """The text between the markers of README.md, and the pictures to draw: {path: (function, data)}."""
@@ -557,9 +556,9 @@ def board(root):
             text += ["", "No record yet.", ""]
             continue
         own = [row for row in rows if "name" in row]
-        text += ["", "| " + " | ".join(COLUMNS.values()) + " |", "|" + " --- |" * len(COLUMNS)]
-        text += ["| " + " | ".join(row.get(name, "") for name in COLUMNS) + " |" for row in rows] + [""]
+        text += ["", *table(RESULT, rows)]
         if own:
+            text += ["What they cost, by the same numbers:", "", *table(COST, own)]
             curve = baselines[rules["dataset"]]
             drawn = {"records": [(r["name"], r["value"], r["efficiency"]) for r in sorted(own, key=lambda r: -r["value"])], "track": track,
                      "budget": tracks["datasets"][rules["dataset"]]["train_tokens"], "points": curve["points"]}

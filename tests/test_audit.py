@@ -22,11 +22,10 @@ class Direct:
 
 
 def checks(scorer, seed, claimed=None, **kwargs):
-    """{check: whether it holds} of a scorer on the toy validation stream. Long noise has its length in the name; here it is 'long'."""
+    """{check: whether it holds} of a scorer on the toy validation stream."""
     lines = []
     audit.Audit(Direct(scorer), scorers.VAL, 257, np.random.default_rng(seed), claimed, show=lines.append, **kwargs).run()
-    names = [line[6:22].strip() for line in lines]
-    return {"noise, long" if name.startswith("noise, 6") else name: line.startswith("ok") for name, line in zip(names, lines)}
+    return {line[6:22].strip(): line.startswith("ok") for line in lines}
 
 
 def blocks(nll):
@@ -60,11 +59,11 @@ def test_a_claimed_nll_that_is_not_the_scorers_own():
         assert not checks(scorers.other_context, seed, honest * 0.98, part=20_000)["reproduction"]
 
 
-def test_a_peek_of_one_part_in_a_hundred():
-    """Too little to move single tokens much: the average just behind the cut shows it."""
+def test_a_peek_of_two_parts_in_a_hundred():
+    """Worth 0.02 nats here: single tokens move little, those just behind a cut move on average."""
     def weak(x):
-        return -np.log(0.99 * np.exp(-scorers.honest(x)) + 0.01 * np.exp(-scorers.peeking(x)))
-    assert not checks(weak, 0)["causality"]
+        return -np.log(0.98 * np.exp(-scorers.honest(x)) + 0.02 * np.exp(-scorers.peeking(x)))
+    assert not any(checks(weak, seed)["causality"] for seed in range(5))
 
 
 def test_rounding_is_no_fault():

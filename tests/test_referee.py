@@ -350,12 +350,11 @@ def test_compare_counts_the_text_and_the_seeds(tmp_path):
     c = board.compare_scores(a, b, {})
     assert c["mean"] == pytest.approx(-0.005, abs=0.0015) and c["p"] < 1e-6 and c["interval"][0] < -0.005 < c["interval"][1]
     assert c["text"] == pytest.approx(10 / 400 ** 0.5 / 1000, rel=0.5)
-    # a spread between seeds as large as the difference: one seed each proves nothing
-    assert board.compare_scores(a, b, {"seed_sd": 0.005, "seed_runs": 10})["p"] > 0.1
-    # ten seeds each do, and their own spread is counted where the track knows none
-    seeds = [board.read_scores(fake_record(tmp_path / f"s{i}", [text - 5 * i + rng.normal(0, 4) for _ in range(10)])) for i in (0, 1)]
-    c = board.compare_scores(seeds[1], seeds[0], {})
-    assert c["seed_df"] == 18 and 0.0005 < c["seed"] < 0.003
+    # a spread between seeds as large as the difference: one seed each proves nothing, twenty do
+    assert board.compare_scores(a, b, {"seed_sd": 0.005})["p"] > 0.1
+    many = [board.read_scores(fake_record(tmp_path / f"s{i}", [text - 5 * i + rng.normal(0, 4) for _ in range(20)])) for i in (0, 1)]
+    c = board.compare_scores(many[1], many[0], {"seed_sd": 0.005})
+    assert c["seed"] == pytest.approx(0.005 * (2 / 20) ** 0.5) and c["p"] < 0.01
     assert board.compare_scores(a, a, {})["p"] == 1
 
 
@@ -408,7 +407,8 @@ def test_render_is_stable_and_notices_what_is_stale(copy):
     assert readme.startswith("# Board") and readme.endswith("after\n")
     assert write() == []
     loss = board.mean_loss(json.loads((folder / "record.json").read_text()))
-    row = next(line for line in readme.splitlines() if "The tiny recipe" in line)
+    row, cost = next(line for line in readme.splitlines() if "The tiny recipe" in line), readme.split("What they cost")[1].splitlines()[4]
+    assert cost.startswith("| 1 | ") and "| 20k |" in cost.replace("19.968k", "20k").replace("| 20.0k |", "| 20k |")
     assert f"| {loss:.4f} (2 seeds) |" in row and "[log](records/pocket/2026-01-02_tiny/log.txt)" in row and "A. Author, b-c" in row
     assert "not verified here" in readme and "| 3.307 |" in readme  # the published rows have no rank
     assert next(line for line in readme.splitlines() if "| 3.307 |" in line).startswith("|  | 3.307 |")
