@@ -1057,7 +1057,8 @@ def train(c, run, m, meta, train_tokens, val_tokens, asked_to_stop, steps):
     start = START + compile_seconds - progress["seconds"]  # where the clock would have begun, had the run never stopped
     total, probe = None, val_tokens[None, :c.probe_tokens]
     for k, (one, schedule, taught) in enumerate(runs):
-        if k >= progress["model"]:
+        new = k >= progress["model"]
+        if new:
             teachers = [(t, load_weights(run, trained.index(t), t, meta, m)) for t in taught]
             p = train_model(k, one, run, m, meta, schedule, teachers, state if state["params"] else None, progress, log, probe, start, asked_to_stop, len(runs))
             if m.rank == 0:
@@ -1066,12 +1067,12 @@ def train(c, run, m, meta, train_tokens, val_tokens, asked_to_stop, steps):
             state = {"params": {}}
         if m.world_size > 1:
             dist.barrier()  # all ranks read what the first has written
-        if len(runs) > 1:  # also of the models that an earlier part of the run has trained
+        if len(runs) > 1:  # the running mean also needs the models that an earlier part of the run has trained
             nll = stream_nll(load_weights(run, k, one, meta, m), probe, one, m, meta["bos_id"], phase_schedule(1.0, one))
-            total = mix_nll(total, nll, k) if k < c.members else nll
-            log(f"{'member' if k < c.members else 'student'} {k + 1} done: val_loss {mean_nll(nll):.4f}, all members so far together {mean_nll(total):.4f}, "
-                f"on the first {nll.size:,} tokens")
-        if k + 1 == progress["model"]:
+            total = mix_nll(total, nll, k) if k < c.members else total
+            if new:
+                log(f"member {k + 1} done: val_loss {mean_nll(nll):.4f}, the members so far together {mean_nll(total):.4f}, on the first {nll.size:,} tokens")
+        if new:
             save_state(run, {}, None, {}, progress, log, m)
     return progress, runs, log
 
