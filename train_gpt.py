@@ -96,7 +96,7 @@ class Config:
     bag_until: float = 0.0         # ... for this first fraction of training, then single tokens
     ema: float = 0.0               # the final weights are an exponential average over training, with this decay per step
     # training
-    epochs: float = 4.0            # passes over train_tokens (steps of bags count as steps of single tokens do)
+    epochs: float = 3.2            # passes over train_tokens (steps of bags count as steps of single tokens do)
     batch_tokens: int = 4096       # tokens per optimizer step, over all ranks
     device_tokens: int = 8192      # tokens per forward pass of one rank; smaller saves memory, costs speed
     loss_chunk: int = 1024         # tokens whose logits exist at the same time
