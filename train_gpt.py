@@ -94,7 +94,18 @@ class Config:
     student: str = ""              # after the members one model, with these changes to the recipe, learns from all of them and alone is scored
     bag_size: int = 1              # token superposition (2605.06546): bags of so many tokens in, the next bag's tokens out ...
     bag_until: float = 0.0         # ... for this first fraction of training, then single tokens
+    mtp_weight: float = 0.0        # of an auxiliary loss on the token after the next (2404.19737); its projection is not used in scoring
+    xsa: bool = False              # each head's output loses its component along the token's own value (2603.09078), with a learned strength
+    iha: bool = False              # queries, keys and values of a layer's heads are mixed by learned matrices (2602.21371)
     ema: float = 0.0               # the final weights are an exponential average over training, with this decay per step
+    cycles: int = 0                # so many cosine cycles of the learning rates, whose ends are averaged (SWA, 1803.05407) ...
+    cycle_from: float = 0.5        # ... in training from this fraction on
+    cycle_lr: float = 0.5          # ... from this multiple of the rates down to final_lr
+    cycle_wd: float = 0.0          # ... with weight decay in anti-phase: from (1 - cycle_wd) up to (1 + cycle_wd) times
+    cycle_noise: float = 0.0       # ... and matrices perturbed after each by this share of their size
+    snapshots: bool = False        # the ends of the cycles are models of their own: their probabilities are averaged, not their weights
+    holdout: float = 0.0           # this share of the training tokens is not trained on; on it the models' mixture weights are fitted ...
+    select: int = 8                # ... of which the largest so many are kept
     # training
     epochs: float = 3.2            # passes over train_tokens (steps of bags count as steps of single tokens do)
     batch_tokens: int = 4096       # tokens per optimizer step, over all ranks
@@ -145,10 +156,10 @@ PRESETS = {  # shapes and recipes of the FineWeb tracks: the published Slowrun r
 
 def check_config(c):
     """Refuse what cannot be trained, before anything is loaded."""
-    below_one = {"dropout", "layer_drop", "loop_from", "window_grow", "bag_until", "ema"}  # at 1 nothing would be left, or the phase never come
-    zero_is_fine = {"seed", "loop_first", "loop_last", "loop_times", "probes"}
+    below_one = {"dropout", "layer_drop", "loop_from", "window_grow", "bag_until", "ema", "cycle_from", "holdout"}  # at 1 nothing would be left, or the phase never come
+    zero_is_fine = {"seed", "loop_first", "loop_last", "loop_times", "probes", "cycles"}
     not_fractions = {"softcap", "epochs", "muon_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "warmdown_power", "final_lr",
-                     "distill_temp"}
+                     "distill_temp", "mtp_weight", "cycle_lr"}
     for f in dataclasses.fields(c):
         value = getattr(c, f.name)
         if f.type is int:
@@ -169,6 +180,9 @@ def check_config(c):
     require(c.softcap > 0 and c.epochs > 0 and c.distill_temp > 0,
             f"--softcap {c.softcap:g} --epochs {c.epochs:g} --distill_temp {c.distill_temp:g}: must be above 0")
     require(c.warmup + c.warmdown <= 1, f"--warmup {c.warmup:g} --warmdown {c.warmdown:g}: together more than all of training")
+    require(not (c.cycles and c.ema), f"--cycles {c.cycles} --ema {c.ema:g}: two averages of the weights; choose one")
+    require(c.cycles or not c.snapshots, "--snapshots 1: needs --cycles, whose ends they are")
+    require(not (c.holdout and c.student), f"--holdout {c.holdout:g}: fits the weights of a mixture; a student is scored alone")
     require(c.loop_times == 0 or c.loop_first <= c.loop_last < c.n_layer,
             f"--loop_first {c.loop_first} --loop_last {c.loop_last}: not a range of the model's layers 0 to {c.n_layer - 1}")
     require(c.dtype in ("auto", "bf16", "fp32"), f"--dtype {c.dtype}: choose auto, bf16 or fp32")
@@ -412,7 +426,8 @@ def param_shapes(c, vocab_size):
             "mlp_in": (L, 2, c.mlp_hidden, D),    # gate, up
             "mlp_out": (L, D, c.mlp_hidden),
             **({"gates": (L, c.value_proj + c.attn_gate, H, gate)} if c.value_proj or c.attn_gate else {}),
-            **({"mix": (L, 2)} if c.x0_mix else {}), **({"skip": (L // 2,)} if c.unet and L > 1 else {})}
+            **({"mix": (L, 2)} if c.x0_mix else {}), **({"skip": (L // 2,)} if c.unet and L > 1 else {}),
+            **({"xsa": (L, H)} if c.xsa else {}), **({"iha": (L, 3, H, H)} if c.iha else {}), **({"mtp": (1, D, D)} if c.mtp_weight else {})}
 
 def init_params(c, vocab_size):
     """Float32 parameters on the CPU, started as in nanochat and Slowrun: layers as the identity, the first loss ln(vocab_size)."""
@@ -426,6 +441,10 @@ def init_params(c, vocab_size):
         p["mix"][:] = torch.tensor([1.1, 0.1])
     if "skip" in p:
         p["skip"][:] = 1
+    if "iha" in p:
+        p["iha"][:] = torch.eye(c.n_head)
+    if "mtp" in p:
+        p["mtp"].uniform_(-bound, bound, generator=g)
     return p
 
 def norm(x):
@@ -503,12 +522,18 @@ def block(x, x0, w, cos, sin, mask, impl, n_head, keep, dropout):
     if "mix" in w:
         x = w["mix"][0] * x + w["mix"][1] * x0
     h, value_proj = norm(x), len(w["attn"]) > 4
-    q, k, v = F.linear(h, w["attn"][:3].reshape(3 * D, D)).view(B, T, 3, n_head, D // n_head).unbind(2)
+    qkv = w["attn"][:3]
+    if "iha" in w:
+        qkv = torch.einsum("pij,pjdc->pidc", w["iha"], qkv.view(3, n_head, D // n_head, D))  # mixes the heads' projections, not activations
+    q, k, v = F.linear(h, qkv.reshape(3 * D, D)).view(B, T, 3, n_head, D // n_head).unbind(2)
     if "gates" in w:
         gates = torch.sigmoid(F.linear(h[..., :w["gates"].size(-1)], w["gates"].flatten(0, 1))).view(B, T, -1, n_head, 1)
     if value_proj:
         v = v + 2 * gates[:, :, 0] * F.linear(x0, w["attn"][4]).view(v.shape)  # the gate starts at 2 * 1/2
     y = attention(rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v, mask, impl)
+    if "xsa" in w:
+        along = F.normalize(v, dim=-1)
+        y = y - w["xsa"][:, None] * (y * along).sum(-1, keepdim=True) * along
     if "gates" in w and len(w["gates"]) > value_proj:
         y = y * gates[:, :, -1]
     y = F.dropout(F.linear(y.reshape(B, T, D), w["attn"][3]), dropout, training=dropout > 0)
@@ -537,7 +562,7 @@ def forward(p, tokens, c, m, bos_id, phase, drop=None, compiled=False):
     windows = [min(layer_window(c, i, long_window), T) for i in layers]
     masks = attention_masks(starts, sorted(set(windows)), m.attention, m.dtype)
     # every bank is cast and taken apart once per pass, not once per use
-    banks = {name: p[name].to(m.dtype).unbind(0) for name in p if name not in ("wte", "lm_head", "skip")}
+    banks = {name: p[name].to(m.dtype).unbind(0) for name in p if name not in ("wte", "lm_head", "skip", "mtp")}
     dropout = c.dropout if drop is not None else 0.0
     run_block = m.block if compiled else block  # scoring comes in all shapes, not worth compiling
     x = x0 = norm(x.to(m.dtype))
@@ -633,8 +658,8 @@ def token_nll(h, w, targets, c):
 
 # ---- optimizer --------------------------------------------------------------------------------------------------------
 
-MUON_BANKS = ("attn", "mlp_in", "mlp_out")
-NO_DECAY = ("gates", "mix", "skip")
+MUON_BANKS = ("attn", "mlp_in", "mlp_out", "mtp")
+NO_DECAY = ("gates", "mix", "skip", "xsa", "iha")
 
 # Polar Express (arXiv 2505.16932): the best odd quintic of each step for singular values in [1e-3, 1]; safety factor 1.02
 POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -745,6 +770,8 @@ def lr_schedule(done, c):
     neither the first nor the last step is wasted on a rate of zero."""
     if done < c.warmup:
         return done / c.warmup
+    if c.cycles and done >= c.cycle_from:
+        return c.final_lr + (c.cycle_lr - c.final_lr) * (1 + math.cos(math.pi * cycle_position(done, c))) / 2
     if done > 1 - c.warmdown:
         return c.final_lr + (1 - c.final_lr) * ((1 - done) / c.warmdown) ** c.warmdown_power
     return 1.0
@@ -753,8 +780,17 @@ def momentum_schedule(done, c):
     warm = min(1.0, done / c.momentum_warmup) if c.momentum_warmup else 1.0
     return c.momentum_start + (c.muon_momentum - c.momentum_start) * warm
 
+def cycle_position(done, c):
+    """How much of the present cycle is done, in [0, 1)."""
+    return (done - c.cycle_from) / (1 - c.cycle_from) * c.cycles % 1
+
+def cycle_ends(total, c):
+    """The numbers of steps after which a cycle ends."""
+    return [round(total * (c.cycle_from + (1 - c.cycle_from) * (j + 1) / c.cycles)) for j in range(c.cycles)]
+
 def wd_schedule(done, c):
-    return float(np.interp(done, *zip(*wd_points(c))))
+    swing = -c.cycle_wd * math.cos(math.pi * cycle_position(done, c)) if c.cycles and done >= c.cycle_from else 0.0
+    return float(np.interp(done, *zip(*wd_points(c)))) * (1 + swing)
 
 def wd_points(c):
     return [tuple(map(float, point.split(":"))) for point in c.wd_points.split(",")]
@@ -874,25 +910,54 @@ def stream_nll(p, streams, c, m, bos_id, phase):
                 out[row, at + 1:at + 1 + T] = values
     return all_reduce(m, out).cpu().numpy()
 
-def scored_models(c):
-    """(number, config) of the models whose averaged probabilities are a run's: its members, or the student alone."""
-    trained = list(enumerate(models(c)))
-    return trained[-1:] if c.student else trained
+def scored_models(run, c, fitted=True):
+    """(number of the weights, config, share) of the models whose averaged probabilities are a run's: those of a fitted mixture, or all
+    members alike, or the student alone."""
+    trained, n = models(c), max(1, c.cycles * c.snapshots)
+    numbers = range(len(trained) * n)[-n:] if c.student else range(len(trained) * n)
+    shares = {number: 1 / len(numbers) for number in numbers}
+    if fitted and (run / "mixture.json").exists():
+        shares = read_json(run / "mixture.json", lambda fitted: {int(number): float(share) for number, share in fitted.items()})
+    return [(number, trained[number // n], share) for number, share in shares.items()]
 
-def mix_nll(total, nll, n):
-    """The NLL of n + 1 models' mean probability, from that of the first n (None: none yet) and that of one more."""
-    return nll.astype(np.float64) if n == 0 else np.maximum(0, -np.logaddexp(-total + math.log(n / (n + 1)), -nll - math.log(n + 1)))
+def mix_nll(total, nll, share):
+    """The NLL of a mixture to which a model is added: total that of the models before it, in which the shares need not sum to one
+    (None: there are none)."""
+    nll = nll.astype(np.float64) - math.log(share)
+    return nll if total is None else -np.logaddexp(-total, -nll)
 
 def run_nll(run, streams, c, m, meta, show=None):
-    """NLL of every token under the run's mean probability, float64 [n_streams, length]: one model in memory at a time."""
-    total, scored = None, scored_models(c)
-    for n, (number, one) in enumerate(scored):
+    """NLL of every token under the run's mixture, float64 [n_streams, length]: one model in memory at a time."""
+    total, whole, scored = None, 0.0, scored_models(run, c)
+    for number, one, share in scored:
         nll = stream_nll(load_weights(run, number, one, meta, m), streams, one, m, meta["bos_id"], phase_schedule(1.0, one))
-        total = mix_nll(total, nll, n)
-        total[:, 0] = 0
+        total, whole = mix_nll(total, nll, share), whole + share
         if show and len(scored) > 1:
-            show(f"model {number + 1} alone: {mean_nll(nll):.6f}; the first {n + 1} together: {mean_nll(total):.6f} nats per token")
+            show(f"weights {number} (share {share:.3f}) alone: {mean_nll(nll):.6f}; the mixture so far: {mean_nll(total + math.log(whole)):.6f} nats per token")
+    total = np.maximum(0, total + math.log(whole))  # the shares sum to one, up to rounding
+    total[:, 0] = 0
     return total
+
+def fit_mixture(run, c, m, meta, stream):
+    """Shares of a run's models that give a stream of held-out training tokens the least NLL, by expectation maximization; the largest
+    `select` of them are kept. Written to mixture.json, {number: share}."""
+    scored = scored_models(run, c, fitted=False)
+    nll = np.stack([stream_nll(load_weights(run, number, one, meta, m), stream[None], one, m, meta["bos_id"], phase_schedule(1.0, one))[0, 1:]
+                    for number, one, _ in scored]).astype(np.float64)
+    p = np.exp(nll.min(0) - nll)  # [models, tokens], up to a factor for each token
+    share, kept = np.full(len(p), 1 / len(p)), np.ones(len(p), bool)
+    for i in range(400):
+        if i == 200:
+            kept = np.argsort(np.argsort(-share)) < c.select
+            share = share * kept
+        part = share[:, None] * p
+        share = (part / part.sum(0)).mean(1)
+    fitted = {number: share[i] for i, (number, _, _) in enumerate(scored) if kept[i] and share[i] > 1e-6}
+    if m.rank == 0:
+        write_file(run / "mixture.json", json.dumps(fitted, indent=1).encode())
+    if m.world_size > 1:
+        dist.barrier()  # all ranks score by it
+    return fitted
 
 def mean_nll(nll):
     """Nats per scored token of [n_streams, length]: the first of each stream is not scored."""
@@ -925,13 +990,13 @@ def sample(run, c, m, meta, prompt, n_tokens, temperature=0.8):
         encoding = prepare.get_encoding(meta["tokenizer"])
     except prepare.DataError as e:
         raise Stop(str(e))
-    scored = [(one, load_weights(run, number, one, meta, m)) for number, one in scored_models(c)]
+    scored = [(one, load_weights(run, number, one, meta, m), share) for number, one, share in scored_models(run, c)]
     g, ids = torch.Generator().manual_seed(c.seed), [meta["bos_id"]] + encoding.encode_ordinary(prompt)
     for _ in range(n_tokens):
         mean = 0
-        for one, p in scored:
+        for one, p, share in scored:
             h = forward(p, torch.tensor([ids[-one.seq_len:]], device=m.device), one, m, meta["bos_id"], phase_schedule(1.0, one))
-            mean = mean + head_logits(h[0, -1:], p["lm_head"].to(h.dtype), one.softcap)[0].softmax(-1).cpu() / len(scored)
+            mean = mean + head_logits(h[0, -1:], p["lm_head"].to(h.dtype), one.softcap)[0].softmax(-1).cpu() * share
         ids.append(int(torch.multinomial((mean.log() / temperature).softmax(-1), 1, generator=g)))
         if ids[-1] == meta["bos_id"]:
             break
@@ -980,14 +1045,20 @@ def train_pass(p, x, y, n_targets, c, m, bos_id, phase, seed, teachers=()):
             taught.append((h.flatten(0, 1), p_t["lm_head"].to(h.dtype), -math.log(len(teachers))))
     h = forward(p, x, c, m, bos_id, phase, drop=torch.Generator().manual_seed(number), compiled=True)
     loss = objective(h.flatten(0, 1), p["lm_head"], y.flatten(0, 1), c, m, 1 / n_targets, tuple(taught))
+    if "mtp" in p:
+        later = F.pad(y[:, 1:], (0, 0, 0, 1), value=-1)
+        loss = loss + objective(norm(F.linear(h, p["mtp"][0].to(h.dtype))).flatten(0, 1), p["lm_head"], later.flatten(0, 1), c, m, c.mtp_weight / n_targets)
     loss.backward()
     return loss.detach()
 
 class Schedule:
     """What a model trains on, step by step: bags first, if it has any, then single tokens. All a function of the step."""
     def __init__(self, tokens, bos_id, c, m, steps=None):
+        self.n_train, self.budget = c.train_tokens - int(c.train_tokens * c.holdout), c.train_tokens
+        c = dataclasses.replace(c, train_tokens=self.n_train)
         self.plain = Loader(tokens, bos_id, c, m.rank, m.world_size)
         self.total = min(self.plain.steps, steps or self.plain.steps)
+        require(self.total * (1 - c.cycle_from) >= c.cycles, f"--cycles {c.cycles}: more than there are steps from --cycle_from {c.cycle_from:g} on")
         self.phases = [phase_schedule((step + 0.5) / self.total, c) for step in range(self.total)]
         self.n_bags = sum(bag > 1 for _, _, bag in self.phases)
         self.bags = Loader(tokens, bos_id, c, m.rank, m.world_size, c.bag_size) if self.n_bags else None
@@ -996,9 +1067,9 @@ class Schedule:
         return self.bags.batch(step) if step < self.n_bags else self.plain.batch(step - self.n_bags)
 
     def epoch(self, step):
-        """Passes over the data in the first `step` steps."""
+        """Passes over the budget in the first `step` steps."""
         parts = (self.bags, min(step, self.n_bags)), (self.plain, max(0, step - self.n_bags))
-        return sum(n * loader.batch_rows / loader.rows_per_epoch for loader, n in parts if loader)
+        return sum(n * loader.batch_rows / loader.rows_per_epoch for loader, n in parts if loader) * self.n_train / self.budget
 
     def tokens_seen(self, c):
         return sum(c.batch_tokens * bag for _, _, bag in self.phases)
@@ -1030,7 +1101,7 @@ def compile_all(runs, m, meta):
     all_reduce(m, torch.zeros(1, device=m.device)).item()  # waiting for the slowest rank is compilation, too
     return time.monotonic() - began
 
-def train(c, run, m, meta, train_tokens, val_tokens, asked_to_stop, steps):
+def train(c, run, m, meta, schedules, train_tokens, val_tokens, asked_to_stop):
     """Train the models of a run from its last checkpoint, or from the start. Returns (progress, [(Config, Schedule, teachers)], Log)."""
     state = load_state(run)
     progress, trained = state["progress"], models(c)
@@ -1039,7 +1110,7 @@ def train(c, run, m, meta, train_tokens, val_tokens, asked_to_stop, steps):
     for k, one in enumerate(trained):
         chained = c.distill_alpha and 0 < k < c.members
         taught = [trained[k - 1]] if chained else trained[:c.members] if k == c.members else []
-        runs.append((one, Schedule(train_tokens, meta["bos_id"], one, m, steps), taught))
+        runs.append((one, schedules[k], taught))
     if progress["log_bytes"]:
         log(f"resumed at step {progress['step']} of model {progress['model'] + 1}")
     else:
@@ -1059,28 +1130,40 @@ def train(c, run, m, meta, train_tokens, val_tokens, asked_to_stop, steps):
     for k, (one, schedule, taught) in enumerate(runs):
         new = k >= progress["model"]
         if new:
-            teachers = [(t, load_weights(run, trained.index(t), t, meta, m)) for t in taught]
+            teachers = [(t, load_weights(run, last_weights(trained.index(t), c), t, meta, m)) for t in taught]
             p = train_model(k, one, run, m, meta, schedule, teachers, state if state["params"] else None, progress, log, probe, start, asked_to_stop, len(runs))
             if m.rank == 0:
-                save_tensors(run, "weights", k, {name: w.detach().cpu() for name, w in p.items()})
+                save_tensors(run, "weights", last_weights(k, c), {name: w.detach().cpu() for name, w in p.items()})
             progress |= {"model": k + 1, "step": 0, "seconds": time.monotonic() - start}
             state = {"params": {}}
         if m.world_size > 1:
             dist.barrier()  # all ranks read what the first has written
         if len(runs) > 1:  # the running mean also needs the models that an earlier part of the run has trained
-            nll = stream_nll(load_weights(run, k, one, meta, m), probe, one, m, meta["bos_id"], phase_schedule(1.0, one))
-            total = mix_nll(total, nll, k) if k < c.members else total
+            nll = stream_nll(load_weights(run, last_weights(k, c), one, meta, m), probe, one, m, meta["bos_id"], phase_schedule(1.0, one))
+            total = mix_nll(total, nll, 1) if k < c.members else total
             if new:
-                log(f"member {k + 1} done: val_loss {mean_nll(nll):.4f}, the members so far together {mean_nll(total):.4f}, on the first {nll.size:,} tokens")
+                together = mean_nll(total) + math.log(min(k + 1, c.members))
+                log(f"member {k + 1} done: val_loss {mean_nll(nll):.4f}, the members so far together {together:.4f}, on the first {nll.size:,} tokens")
         if new:
             save_state(run, {}, None, {}, progress, log, m)
+    if c.holdout:
+        held_out = train_tokens[runs[0][1].n_train:c.train_tokens]
+        fitted = fit_mixture(run, c, m, meta, held_out)
+        progress["seconds"] = time.monotonic() - start
+        log(f"mixture fitted on {len(held_out):,} held-out training tokens: {', '.join(f'{number}: {share:.3f}' for number, share in fitted.items())}")
     return progress, runs, log
+
+def last_weights(k, c):
+    """The number of the final weights of model k. Each end of a cycle has a number where it is a model of its own."""
+    return (k + 1) * max(1, c.cycles * c.snapshots) - 1
 
 def train_model(k, c, run, m, meta, schedule, teachers, state, progress, log, probe, start, asked_to_stop, n_models):
     """Train one model of a run, from the state of a checkpoint or from the start. Returns its final weights."""
     bos_id, total = meta["bos_id"], schedule.total
     p = {name: w.to(m.device).requires_grad_() for name, w in init_params(c, meta["vocab_size"]).items()}
-    optimizer, ema = MuonAdamW(p, c, m), {name: w.detach().clone() for name, w in p.items()} if c.ema else {}
+    averaging = c.ema or c.cycles and not c.snapshots
+    optimizer, ema = MuonAdamW(p, c, m), {name: w.detach().clone() for name, w in p.items()} if averaging else {}
+    ends = cycle_ends(total, c) if c.cycles else []
     if state:
         with torch.no_grad():
             for target, source in ((p, state["params"]), (ema, state["ema"])):
@@ -1099,7 +1182,10 @@ def train_model(k, c, run, m, meta, schedule, teachers, state, progress, log, pr
             loss += train_pass(p, xs, ys, n_targets, c, m, bos_id, phase, (c.seed, step, m.rank, i), teachers if phase[2] == 1 else ())
         optimizer.step(step, lr, wd_schedule(done, c), momentum_schedule(done, c))
         for name, w in ema.items():
-            w.lerp_(p[name].detach(), 1 - min(c.ema, (step + 1) / (step + 10)))  # a young average forgets its first steps
+            share = 1 - min(c.ema, (step + 1) / (step + 10)) if c.ema else 1 / (ends.index(step + 1) + 1) if step + 1 in ends else 0
+            w.lerp_(p[name].detach(), share)  # a young exponential average forgets its first steps
+        if step + 1 in ends[:-1]:
+            end_cycle(p, ends.index(step + 1), k, c, run, m)
         loss, stopping = all_reduce(m, torch.stack([loss, torch.tensor(float(bool(asked_to_stop)), device=m.device)])).tolist()
         saving = (step + 1) % c.save_every == 0 or step + 1 == total or stopping
         if not math.isfinite(loss) or saving and not all(w.isfinite().all() for w in p.values()):  # the same on every rank
@@ -1121,12 +1207,22 @@ def train_model(k, c, run, m, meta, schedule, teachers, state, progress, log, pr
             raise Stop(f"stopped at {who}step {step + 1}/{total} and saved; go on with: python {SCRIPT} --resume {run}", 130)
     return ema or p
 
+@torch.no_grad()
+def end_cycle(p, j, k, c, run, m):
+    """After cycle j of model k: keep the weights, if they are a model of their own, and perturb the matrices for the next cycle."""
+    if c.snapshots and m.rank == 0:
+        save_tensors(run, "weights", k * c.cycles + j, {name: w.detach().cpu() for name, w in p.items()})
+    g = torch.Generator().manual_seed(c.seed * 1000 + j)
+    for name in MUON_BANKS if c.cycle_noise else ():
+        if name in p:
+            p[name].add_(torch.randn(p[name].shape, generator=g).to(m.device) * p[name].square().mean().sqrt() * c.cycle_noise)
+
 def finish(progress, runs, log, c, run, m, meta, val_tokens, steps):
     """After the clock: score the final weights, write the record."""
     nll = run_nll(run, val_tokens[None], c, m, meta, log)
     if m.rank > 0:
         return
-    vocab_size, scored = meta["vocab_size"], [one for _, one in scored_models(c)]
+    vocab_size, scored = meta["vocab_size"], [one for _, one, _ in scored_models(run, c)]
     write_npy(run / "val_nll.npy", np.add.reduceat(nll[0], np.arange(0, nll.size, 1000)))
     record = {
         "track": c.track, "trial": steps is not None, "seed": c.seed, "members": len(runs), "scored": len(scored),
@@ -1176,7 +1272,7 @@ def train_command(given, args):
             dist.broadcast_object_list(names, src=0, device=m.device)  # the clocks of the ranks may differ
         run = Path(names[0])
     train_tokens, val_tokens = (read_shard(data_folder(c) / f, meta["vocab_size"], meta["sha256"][f]) for f in ("train.bin", "val.bin"))
-    Loader(train_tokens, meta["bos_id"], c)  # what it refuses, it refuses before the run has a folder
+    schedules = [Schedule(train_tokens, meta["bos_id"], one, m, args.steps) for one in models(c)]
     if m.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         content = {name: getattr(args, name) for name in ASKED} | {"config": dataclasses.asdict(c), "data": meta}
@@ -1189,7 +1285,7 @@ def train_command(given, args):
         asked_to_stop.append(time.monotonic())
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
-    trained = train(c, run, m, meta, train_tokens, val_tokens, asked_to_stop, args.steps)
+    trained = train(c, run, m, meta, schedules, train_tokens, val_tokens, asked_to_stop)
     asked_to_stop.insert(0, -math.inf)
     finish(*trained, c, run, m, meta, val_tokens, args.steps)
 

@@ -277,7 +277,7 @@ def toy_options(config):
     """Options that train a record's recipe at toy size on pocket: its own config, made small."""
     toy = dict(n_embd=64, n_head=2, mlp_hidden=128, batch_tokens=1024, device_tokens=1024, train_tokens=100_000, epochs=1, probes=1, probe_tokens=2000,
                cpu_threads=2, dtype="fp32", data=str(ROOT / "data" / "pocket"))
-    most = dict(seq_len=256, window_short=64, n_layer=6, members=2)
+    most = dict(seq_len=256, window_short=64, n_layer=6, members=2, cycles=2)
     small = {name: min(value, most[name]) if name in most else toy.get(name, value) for name, value in config.items()}
     for name in ("loop_first", "loop_last"):  # a range of layers stays one
         if name in config:

@@ -228,6 +228,71 @@ def test_switches_take_their_parameters_with_them(params, machine, switch):
     torch.testing.assert_close(t.forward(without, x, off, machine, BOS, phase), t.forward(harmless, x, c, machine, BOS, phase), rtol=1e-4, atol=1e-5)
 
 
+def test_xsa_takes_out_the_tokens_own_value(params, machine):
+    """With strength 1 a head's output is at right angles to its token's value; with 0 it is the model without."""
+    c = config(n_layer=1, xsa=True, attn_gate=False, value_proj=False, x0_mix=False, n_head=2)
+    p, x = params(c), random_tokens(1, 30, device=machine.device)
+    seen = []
+    attention = t.attention
+
+    def recorded(q, k, v, mask, impl):
+        seen.append((attention(q, k, v, mask, impl), v))
+        return seen[-1][0]
+    p["xsa"][:], plain = 0, {k: v for k, v in p.items() if k != "xsa"}
+    phase = t.phase_schedule(1.0, c)
+    torch.testing.assert_close(t.forward(p, x, c, machine, BOS, phase), t.forward(plain, x, dataclasses.replace(c, xsa=False), machine, BOS, phase))
+    p["xsa"][:] = 1
+    p["attn"][:, 3], p["mlp_out"][:] = torch.eye(c.n_embd, device=machine.device), 0  # the layer adds what its heads put out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t, "attention", recorded)
+        w = {name: bank[0] for name, bank in p.items() if name in ("attn", "mlp_in", "mlp_out", "xsa")}
+        x0 = torch.randn(1, 30, c.n_embd, device=machine.device)
+        cos, sin = t.rope_tables(30, c.n_embd // 2, machine.device, torch.float32)
+        masks = t.attention_masks(torch.zeros(1, 30, dtype=torch.bool, device=machine.device), [30], machine.attention, torch.float32)
+        y = (t.block(x0, x0, w, cos, sin, masks[30], machine.attention, 2, None, 0.0) - x0).view(1, 30, 2, -1)
+    (before, v), = seen
+    assert (y * v).sum(-1).abs().max() < 1e-3 * (before * v).sum(-1).abs().max()
+    torch.testing.assert_close(y + (before * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True) * v, before, rtol=1e-3, atol=1e-4)
+
+
+def test_iha_mixes_heads(params, machine):
+    """The identity is the model without; a permutation of all heads alike, with the output projection's columns permuted, changes nothing;
+    a mixture is that of the heads' projections."""
+    c = config(n_layer=1, iha=True, attn_gate=False, value_proj=False)
+    p, x = params(c), random_tokens(2, 40, device=machine.device)
+    H, phase = c.n_head, t.phase_schedule(1.0, c)
+    run = lambda p, c=c: t.forward(p, x, c, machine, BOS, phase)  # noqa: E731
+    p["iha"][:] = torch.eye(H, device=machine.device)
+    plain = {k: v for k, v in p.items() if k != "iha"}
+    off = dataclasses.replace(c, iha=False)
+    torch.testing.assert_close(run(p), run(plain, off))
+    mixture = torch.randn(1, 3, H, H, device=machine.device)
+    by_hand = plain["attn"].clone()
+    heads = plain["attn"][0, :3].view(3, H, -1, c.n_embd)
+    for part in range(3):
+        for i in range(H):
+            by_hand[0, part].view(H, -1, c.n_embd)[i] = sum(mixture[0, part, i, j] * heads[part, j] for j in range(H))
+    torch.testing.assert_close(run(p | {"iha": mixture}), run(plain | {"attn": by_hand}, off), rtol=1e-4, atol=1e-5)
+
+
+def test_multi_token_prediction(params, machine):
+    """The loss is that of the next token and, weighted, of the one after, from a projection that scoring does not use."""
+    c = config(mtp_weight=0.3)
+    p = {k: v.requires_grad_() for k, v in params(c).items()}
+    x = random_tokens(2, 64, device=machine.device)
+    y = torch.randint(257, (2, 64, 1), device=machine.device)
+    phase = t.phase_schedule(0.0, c)
+    loss = t.train_pass(p, x, y, 128, c, machine, BOS, phase, (0,))
+    h = t.forward(p, x, c, machine, BOS, phase)
+    second = t.norm(h @ p["mtp"][0].T)
+    ce = [torch.nn.functional.cross_entropy(t.head_logits(a.flatten(0, 1), p["lm_head"], c.softcap), b.flatten(), reduction="sum") / 128
+          for a, b in ((h, y), (second[:, :-1], y[:, 1:]))]
+    torch.testing.assert_close(loss, (ce[0] + 0.3 * ce[1]).detach(), rtol=1e-5, atol=1e-5)
+    assert p["mtp"].grad.abs().sum() > 0
+    without = {k: v for k, v in p.items() if k != "mtp"}
+    assert torch.equal(t.forward(without, x, dataclasses.replace(c, mtp_weight=0.0), machine, BOS, phase), h)
+
+
 def test_dropout_only_in_training(params, machine):
     c, noisy, x = config(), config(dropout=0.3, layer_drop=0.9), random_tokens(8, 64, device=machine.device)
     p, phase = params(c), t.phase_schedule(1.0, c)
@@ -420,9 +485,22 @@ def test_distillation_against_full_logits(machine, n_teachers, temp):
     torch.testing.assert_close(w1.grad, w2.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_the_streaming_mean_is_the_mean():
+def test_the_streaming_mixture_is_the_mixture():
     rng = np.random.default_rng(0)
-    p, total = rng.random((5, 2, 30)), None
+    p, shares, total = rng.random((5, 2, 30)), np.array([0.1, 0.4, 0.2, 0.25, 0.05]), None
     for n in range(5):
-        total = t.mix_nll(total, -np.log(p[n]).astype(np.float32), n)
-        np.testing.assert_allclose(total, -np.log(p[:n + 1].mean(0)), rtol=1e-5)
+        total = t.mix_nll(total, -np.log(p[n]).astype(np.float32), shares[n])
+    np.testing.assert_allclose(total, -np.log((shares[:, None, None] * p).sum(0)), rtol=1e-5)
+
+
+def test_a_mixture_is_fitted_to_held_out_tokens(machine, tmp_path, monkeypatch):
+    """Three models, of which one is right for a quarter of the tokens, one for the rest, and one never: shares of 1/4, 3/4 and 0."""
+    right = np.arange(4001) % 4 == 0
+    made = {0: np.where(right, 0.1, 9.0), 1: np.where(right, 9.0, 0.1), 2: np.full(4001, 5.0)}
+    monkeypatch.setattr(t, "load_weights", lambda run, number, *_: number)
+    monkeypatch.setattr(t, "stream_nll", lambda number, streams, *_: made[number][None])
+    c = config(members=3, holdout=0.1, select=2)
+    fitted = t.fit_mixture(tmp_path, c, machine, {"bos_id": BOS}, np.zeros(4001, np.uint16))
+    assert set(fitted) == {0, 1} and fitted[0] == pytest.approx(0.25, abs=0.01) and sum(fitted.values()) == pytest.approx(1)
+    assert [(number, share) for number, _, share in t.scored_models(tmp_path, c)] == list(fitted.items())
+    assert [share for _, _, share in t.scored_models(tmp_path, c, fitted=False)] == [1 / 3] * 3

@@ -1,4 +1,5 @@
 """The optimizer against plain references, on one rank and on several, and the schedules."""
+import dataclasses
 import json
 import subprocess
 import sys
@@ -158,3 +159,14 @@ def test_other_schedules():
     assert [t.momentum_schedule(x, c) for x in (0.0, 0.25, 0.5, 0.9)] == pytest.approx([0.8, 0.85, 0.9, 0.9])
     assert [t.wd_schedule(x, c) for x in (0.0, 0.25, 0.5, 0.75, 1.0)] == pytest.approx([1.0, 0.6, 0.2, 1.1, 2.0])
     assert [t.phase_schedule(x, c)[1] for x in (0.0, 0.24, 0.25, 1.0)] == [64, 64, 128, 128]
+
+
+def test_cycles():
+    """From half of training on, four cosines from 0.6 down to 0.1, weight decay in anti-phase; before, the plain schedule."""
+    c = dataclasses.replace(t.Config(), cycles=4, cycle_from=0.5, cycle_lr=0.6, final_lr=0.1, cycle_wd=0.5, warmdown=0.2)
+    assert t.lr_schedule(0.4, c) == 1 and t.wd_schedule(0.4, c) == 1
+    for j in range(4):
+        assert t.lr_schedule(0.5 + j / 8, c) == pytest.approx(0.6) and t.wd_schedule(0.5 + j / 8, c) == pytest.approx(0.5)
+        assert t.lr_schedule(0.5 + j / 8 + 1 / 16, c) == pytest.approx(0.35) and t.wd_schedule(0.5 + j / 8 + 1 / 16, c) == pytest.approx(1)
+        assert t.lr_schedule(0.5 + (j + 1) / 8 - 1e-6, c) == pytest.approx(0.1, abs=1e-3) and t.wd_schedule(0.5 + (j + 1) / 8 - 1e-6, c) == pytest.approx(1.5, abs=1e-3)
+    assert t.cycle_ends(400, c) == [250, 300, 350, 400]

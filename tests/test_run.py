@@ -387,6 +387,59 @@ def test_ema_is_the_average_of_the_path(tiny_data, cli, tmp_path, monkeypatch):
         torch.testing.assert_close(weights(tmp_path / "r")[f"0 {name}"], average, rtol=1e-4, atol=1e-6)
 
 
+SNAPSHOTS = TINY | dict(cycles=3, cycle_from=0.4, snapshots=True, cycle_noise=0.01, members=2, holdout=0.2, select=4)
+
+
+@pytest.fixture(scope="module")
+def snapshots(tiny_data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "snapshots"
+    process = start(tiny_data, run, recipe=SNAPSHOTS)
+    assert process.wait(300) == 0, process.stderr.read()
+    return run
+
+
+def test_swa_is_the_mean_of_the_cycles_ends(tiny_data, cli, tmp_path):
+    """The same cycles, once as models of their own and once averaged."""
+    recipe = TINY | dict(cycles=3, cycle_from=0.4)
+    for name, changes in (("mean", {}), ("each", {"snapshots": True})):
+        assert cli(*options(**recipe | changes, data=tiny_data), "--run_dir", tmp_path / name, *PLAIN)[0] == 0
+    each = weights(tmp_path / "each")
+    for name in t.param_shapes(t.make_config(TINY), 257):
+        torch.testing.assert_close(weights(tmp_path / "mean")[f"0 {name}"], sum(each[f"{i} {name}"] for i in range(3)) / 3)
+    assert json.loads((tmp_path / "each" / "record.json").read_text())["scored"] == 3
+
+
+def test_selection_sees_held_out_training_tokens_and_never_validation(tiny_data, snapshots, tmp_path):
+    """Another validation text changes neither weights nor mixture; another held-out part changes the mixture and no weights."""
+    fitted = json.loads((snapshots / "mixture.json").read_text())
+    assert 1 <= len(fitted) <= 4 and set(fitted) <= set("012345") and sum(fitted.values()) == pytest.approx(1)
+    record = json.loads((snapshots / "record.json").read_text())
+    assert record["scored"] == len(fitted) and record["members"] == 2 and record["train_tokens"] == 20_000
+    for shard, places in (("val.bin", slice(600, 900)), ("train.bin", slice(512 + 16_000, 512 + 19_000))):
+        data, run = tmp_path / shard / "data", tmp_path / shard / "run"
+        shutil.copytree(tiny_data, data)
+        tokens = np.fromfile(data / shard, dtype="<u2")
+        tokens[places] = tokens[places][::-1]
+        tokens.tofile(data / shard)
+        meta = json.loads((data / "meta.json").read_text())
+        meta["sha256"][shard] = hashlib.sha256((data / shard).read_bytes()).hexdigest()
+        (data / "meta.json").write_text(json.dumps(meta))
+        assert start(data, run, recipe=SNAPSHOTS).wait(300) == 0
+        assert all(torch.equal(w, weights(run)[name]) for name, w in weights(snapshots).items())
+        assert (json.loads((run / "mixture.json").read_text()) == fitted) == (shard == "val.bin")
+
+
+def test_killed_between_cycles(tiny_data, snapshots, tmp_path):
+    run = tmp_path / "run"
+    process = start(tiny_data, run, recipe=SNAPSHOTS)
+    wait_for(run, lambda: len(t.saved(run, "weights")) == 2, process, 120)
+    process.kill()
+    process.wait()
+    assert resume(run).returncode == 0
+    assert_same_end(run, snapshots)
+    assert (run / "mixture.json").read_bytes() == (snapshots / "mixture.json").read_bytes()
+
+
 # ---- mistakes of the user: one line that names the option or file, status 2, nothing written
 
 BAD_OPTIONS = [
@@ -402,6 +455,7 @@ BAD_OPTIONS = [
     (["--members", "0"], "--members"), (["--student", "depth=3", "--distill_alpha", "0.5"], "--student"), (["--student", "n_layer=2"], "--student"),
     (["--student", "distill_alpha=0.5,n_layer=x"], "cannot be read"), (["--bag_until", "1"], "--bag_until"), (["--ema", "1"], "--ema"),
     (["--distill_temp", "0"], "--distill_temp"),
+    (["--snapshots", "1"], "--snapshots"), (["--cycles", "2", "--ema", "0.9"], "--cycles"), (["--holdout", "1"], "--holdout"), (["--cycles", "30"], "--cycles"),
 ]
 
 
