@@ -38,30 +38,33 @@ def read_log(path):
     """What a finished run's log says of it."""
     text = path.read_text()
     config = json.loads(re.search(r"^config (.*)$", text, re.MULTILINE)[1])
-    seconds, flops = re.search(r"^trained for ([\d.]+) s, .* seen, ([\d.e+]+) FLOPs", text, re.MULTILINE).groups()
-    return config | {"name": path.stem, "val_loss": float(re.search(r"^val_loss ([\d.]+) nats", text, re.MULTILINE)[1]), "seconds": float(seconds),
-                     "flops": float(flops), "parameters": int(re.search(r"([\d,]+) parameters", text)[1].replace(",", ""))}
+    flops = re.search(r"^trained for .* seen, ([\d.e+]+) FLOPs", text, re.MULTILINE)[1]
+    return config | {"name": path.stem, "val_loss": float(re.search(r"^val_loss ([\d.]+) nats", text, re.MULTILINE)[1]), "flops": float(flops),
+                     "parameters": int(re.search(r"([\d,]+) parameters", text)[1].replace(",", ""))}
 
 def write_curve():
     """The sweep's table into records/baselines/README.md, and the best recipe at each number of tokens into baselines.json."""
     recipes = {}
     for path in LOGS.glob("*.log"):
         run = read_log(path)
+        if run["epochs"] != 1:  # of the seeds' spread, not of the curve
+            continue
         recipes.setdefault(re.sub(r"_s\d+$", "", run["name"]), []).append(run)  # a recipe's loss is the mean of its seeds'
     rows, points = [], {}
     for name, runs in recipes.items():
+        runs.sort(key=lambda run: run["seed"])
         first, loss = runs[0], sum(run["val_loss"] for run in runs) / len(runs)
         rows.append((first["train_tokens"], loss, name, runs))
         if loss < points.get(first["train_tokens"], {"val_loss": 1e9})["val_loss"]:
             points[first["train_tokens"]] = {"train_tokens": first["train_tokens"], "val_loss": round(loss, 6), "train_flops": first["flops"],
                                              "parameters": first["parameters"], "run": name, "seeds": len(runs)}
-    lines = ["| tokens | val loss | seeds | layers x width | parameters | batch | muon_lr | embed_lr, head_lr, scalar_lr | FLOPs | training (s) | log |", "|" + " --- |" * 11]
+    lines = ["| tokens | val loss | seeds | layers x width | parameters | batch | muon_lr | embed_lr, head_lr, scalar_lr | FLOPs | log |", "|" + " --- |" * 10]
     for tokens, loss, name, runs in sorted(rows, key=lambda row: row[:3]):
         seeds = " ".join(f"{run['val_loss']:.4f}" for run in runs) if len(runs) > 1 else "1"
         c, best = runs[0], "**" if points[tokens]["run"] == name else ""
         lines.append(f"| {tokens // 10 ** 6}M | {best}{loss:.4f}{best} | {seeds} "
                      f"| {c['n_layer']} x {c['n_embd']} | {c['parameters']:,} | {c['batch_tokens']:,} | {c['muon_lr']:g} "
-                     f"| {c['embed_lr']:g}, {c['head_lr']:g}, {c['scalar_lr']:g} | {c['flops']:.3g} | {c['seconds']:.0f} | [{name}](pocket/{runs[0]['name']}.log) |")
+                     f"| {c['embed_lr']:g}, {c['head_lr']:g}, {c['scalar_lr']:g} | {c['flops']:.3g} | [{name}](pocket/{runs[0]['name']}.log) |")
     page, begin, end = HERE / "baselines" / "README.md", "<!-- sweep: python records/baselines.py --table -->", "<!-- end of sweep -->"
     text = page.read_text()
     page.write_text(text.split(begin)[0] + begin + "\n" + "\n".join(lines) + "\n" + end + text.split(end)[1])
