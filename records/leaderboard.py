@@ -521,7 +521,7 @@ def board_rows(root, tracks, baselines, track):
         rows.append({
             "loss": f"{loss:.4f}" + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""), "bpb": f"{mean('val_bpb'):.4f}",
             "data": times(efficiency), "compute": times(compute_multiplier(curve, loss, mean("train_flops"))) if curve["points"] else "",
-            "gap": f"{mean('test_loss') - loss:+.4f}", "params": short(mean("parameters")), "use": short(mean("score_flops_per_token")),
+            "gap": f"{round(mean('test_loss') - loss, 4) + 0.0:+.4f}", "params": short(mean("parameters")), "use": short(mean("score_flops_per_token")),
             "seen": short(mean("tokens_seen")), "time": duration(mean("train_seconds")), "hardware": runs[0]["hardware"],
             "what": record["description"], "date": record["date"], "by": ", ".join(record["contributors"]),
             "files": f"[note]({link}/README.md) [log]({link}/{runs[0]['log']})", "value": loss, "efficiency": efficiency, "name": folder.name})
@@ -606,7 +606,9 @@ def draw_curve(data, theme):
     fig, [[ax]] = figure(theme, 1, 4.4)
     _, _, blue, orange = INK[theme]
     points = sorted((p["train_tokens"] / 1e6, p["val_loss"]) for p in data["points"])
-    ax.plot(*zip(*points), "o-", color=orange, label="baseline: one epoch of the plain recipe")
+    tokens = np.geomspace(points[0][0], points[-1][0], 200)  # linear between the points, as data efficiency is read, is bent on this axis
+    ax.plot(tokens, np.interp(tokens, *zip(*points)), color=orange)
+    ax.plot(*zip(*points), "o", color=orange, label="baseline: one epoch of the plain recipe")
     budget = data["budget"] / 1e6
     for name, loss, (ratio, bound) in data["records"]:
         ax.plot([budget, budget * ratio], [loss, loss], ":", color=blue, linewidth=1)
