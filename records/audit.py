@@ -269,7 +269,7 @@ class Audit:
         self.alike("recognition", got[:first] - nll[:first], f"noise from token {first:,} on, in the whole stream,")
         self.fair("noise, spliced", got[at][None])
         self.fair("noise, long", got[pure:][None])
-        length = min(n, max(n // 4, 20_000))
+        length = min(n, max(n // 8, 20_000))
         other, replaced = self.text[:length].copy(), min(500, length // 8)
         other[:replaced] = self.rows(1, replaced)[0]
         shift = (self.score(other) - nll[:length])[length // 4:]
@@ -277,7 +277,7 @@ class Audit:
         mean, limit = shift.mean(), 0.005 + 4 * shift.std(ddof=1) / math.sqrt(10)
         self.report("beginning", abs(mean) <= limit, f"another text in the first {replaced} tokens moved the mean of those from {length // 4:,} on by "
                     f"{mean:+.2g} nats (limit {limit:.2g})")
-        self.fair("noise, alone", self.score(self.noise(int(self.rng.integers(min(n, 3000) // 2, n // 4 + 1))))[None, 1:])
+        self.fair("noise, alone", self.score(self.noise(int(self.rng.integers(min(n, 3000) // 2, n // 8 + 1))))[None, 1:])
 
     def reproduction(self, nll):
         """val_nll.npy against the scorer's own NLL: block by block where the whole stream was scored, else in the mean, for a part has
