@@ -5,10 +5,11 @@ The runs behind records/baselines.json: how low the plain recipe gets on more an
     python records/baselines.py --table    only read the logs, write the table and the curve
 
 Each line of plan.txt is a run: its name, a colon, the options that it gives to train_gpt.py. Killed at any time, this goes on
-where it stopped; lines added to the plan while it works are found. A run's log is kept without the script's source, whose
-sha256 stands in its first line, and the source itself once, in the record that submits the baseline at the budget.
+where it stopped; lines added to the plan while it works are found. A run's log is kept without the script's source; its first
+line has the sha256 of the train_gpt.py that ran, as the repository's history holds it.
 """
 import json
+import os
 import re
 import subprocess
 import sys
@@ -28,9 +29,10 @@ def train_missing():
         name, options = missing[0]
         run = ROOT / "runs" / f"baseline_{name}"
         if not (run / "record.json").exists():
-            how = ["--resume", str(run)] if (run / "config.json").exists() else ["--run_dir", str(run), *options]
+            where = os.path.relpath(run, ROOT)  # it stands in the log
+            how = ["--resume", where] if (run / "config.json").exists() else ["--run_dir", where, *options]
             print(f"==== {name}: {' '.join(how)}", flush=True)
-            subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), *how], cwd=ROOT, check=True)
+            subprocess.run([sys.executable, "train_gpt.py", *how], cwd=ROOT, check=True)
         head, _, rest = (run / "log.txt").read_text().partition("\n")
         (LOGS / f"{name}.log").write_text(head + rest[rest.index("\n==== end of source"):])
 
