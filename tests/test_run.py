@@ -288,13 +288,18 @@ CHAIN = TINY | dict(members=3, distill_alpha=0.4, distill_temp=1.2, bag_size=2, 
                     dropout=0.1, student="distill_alpha=0.9,n_embd=16,mlp_hidden=32")
 
 
+def finish(tiny_data, run, recipe):
+    """A run of the recipe, from start to end."""
+    process = start(tiny_data, run, recipe=recipe)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return run
+
+
 @pytest.fixture(scope="module")
 def chain(tiny_data, tmp_path_factory):
     """A finished chain of three members and a student, with every phase there is."""
-    run = tmp_path_factory.mktemp("runs") / "chain"
-    process = start(tiny_data, run, recipe=CHAIN)
-    assert process.wait(300) == 0, process.stderr.read()
-    return run
+    return finish(tiny_data, tmp_path_factory.mktemp("runs") / "chain", CHAIN)
 
 
 def member_losses(run):
@@ -322,8 +327,7 @@ def test_two_ranks_train_the_same_chain(tiny_data, chain, tmp_path):
     run = tmp_path / "run"
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py",
                     *options(**CHAIN | {"dropout": 0.0}, data=tiny_data), "--run_dir", str(run), *PLAIN], cwd=ROOT, check=True, timeout=300)
-    alone = tmp_path / "alone"
-    assert start(tiny_data, alone, recipe=CHAIN | {"dropout": 0.0}).wait(300) == 0
+    alone = finish(tiny_data, tmp_path / "alone", CHAIN | {"dropout": 0.0})
     np.testing.assert_allclose(np.array(member_losses(run), float), np.array(member_losses(alone), float), atol=5e-4)
     a, b = (json.loads((r / "record.json").read_text())["val_loss"] for r in (run, alone))
     assert a == pytest.approx(b, abs=5e-4)
@@ -392,10 +396,7 @@ SNAPSHOTS = TINY | dict(cycles=3, cycle_from=0.4, snapshots=True, cycle_noise=0.
 
 @pytest.fixture(scope="module")
 def snapshots(tiny_data, tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "snapshots"
-    process = start(tiny_data, run, recipe=SNAPSHOTS)
-    assert process.wait(300) == 0, process.stderr.read()
-    return run
+    return finish(tiny_data, tmp_path_factory.mktemp("runs") / "snapshots", SNAPSHOTS)
 
 
 def test_swa_is_the_mean_of_the_cycles_ends(tiny_data, cli, tmp_path):
@@ -424,7 +425,7 @@ def test_selection_sees_held_out_training_tokens_and_never_validation(tiny_data,
         meta = json.loads((data / "meta.json").read_text())
         meta["sha256"][shard] = hashlib.sha256((data / shard).read_bytes()).hexdigest()
         (data / "meta.json").write_text(json.dumps(meta))
-        assert start(data, run, recipe=SNAPSHOTS).wait(300) == 0
+        finish(data, run, SNAPSHOTS)
         assert all(torch.equal(w, weights(run)[name]) for name, w in weights(snapshots).items())
         assert (json.loads((run / "mixture.json").read_text()) == fitted) == (shard == "val.bin")
 
