@@ -186,7 +186,7 @@ def test_bags_against_a_plain_loop(params, machine):
             means[b, i] = p["wte"][tokens].mean(0)
     got = t.forward(p, x, c, machine, BOS, ((0, 1), 64, bag))
     # the same positions as single tokens of a vocabulary of their own: 1 begins a document, the embedding is the mean
-    table = torch.cat([means.flatten(0, 1)])
+    table = means.flatten(0, 1)
     ids = torch.arange(40, device=machine.device).view(2, 20)
     for b in range(2):  # one row at a time, for only one id can be the BOS: documents by hand
         firsts = [0] + [i for i in range(1, 20) if starts[b, i]] + [20]
