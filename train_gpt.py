@@ -86,6 +86,7 @@ class Config:
     loop_from: float = 0.5         # ... from this fraction of training on
     # regularization
     dropout: float = 0.0           # of what each attention and each MLP adds to the residual stream
+    token_drop: float = 0.0        # chance that an input token is hidden: its embedding is zero
     layer_drop: float = 0.0        # stochastic depth: chance that a sequence skips the last layer, less for earlier ones
     # learning more from the same tokens
     members: int = 1               # models trained one after the other, each from its own seed; their probabilities are averaged
@@ -156,7 +157,7 @@ PRESETS = {  # shapes and recipes of the FineWeb tracks: the published Slowrun r
 
 def check_config(c):
     """Refuse what cannot be trained, before anything is loaded."""
-    below_one = {"dropout", "layer_drop", "loop_from", "window_grow", "bag_until", "ema", "cycle_from", "holdout"}  # at 1 nothing would be left, or the phase never come
+    below_one = {"dropout", "token_drop", "layer_drop", "loop_from", "window_grow", "bag_until", "ema", "cycle_from", "holdout"}  # at 1 nothing would be left, or the phase never come
     zero_is_fine = {"seed", "loop_first", "loop_last", "loop_times", "probes", "cycles"}
     not_fractions = {"softcap", "epochs", "muon_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "warmdown_power", "final_lr",
                      "distill_temp", "mtp_weight", "cycle_lr"}
@@ -549,9 +550,11 @@ def layer_window(c, i, long_window):
 def forward(p, tokens, c, m, bos_id, phase, drop=None, compiled=False):
     """Hidden states [B, T, D] of tokens [B, T * bag], normalized, ready for the head. phase: the layers to run, in order, the long
     window, and the size of a bag (see schedules). drop: None to score; in training a torch.Generator on the CPU that decides
-    which sequences skip which layers (dropout draws from torch's own)."""
+    which tokens are hidden and which sequences skip which layers (dropout draws from torch's own)."""
     layers, long_window, bag = phase
     x, starts = F.embedding(tokens, p["wte"]), tokens == bos_id
+    if c.token_drop and drop is not None:
+        x = x * (torch.rand(tokens.shape, generator=drop) >= c.token_drop).to(m.device)[..., None]
     if bag > 1:  # the mean over those tokens of a bag that belong to its last document
         bags = starts.unflatten(1, (-1, bag))
         begun = bags.cumsum(2)

@@ -294,7 +294,7 @@ def test_multi_token_prediction(params, machine):
 
 
 def test_dropout_only_in_training(params, machine):
-    c, noisy, x = config(), config(dropout=0.3, layer_drop=0.9), random_tokens(8, 64, device=machine.device)
+    c, noisy, x = config(), config(dropout=0.3, token_drop=0.5, layer_drop=0.9), random_tokens(8, 64, device=machine.device)
     p, phase = params(c), t.phase_schedule(1.0, c)
     plain = t.forward(p, x, c, machine, BOS, phase)
     assert torch.equal(t.forward(p, x, noisy, machine, BOS, phase), plain)  # scoring
@@ -304,6 +304,17 @@ def test_dropout_only_in_training(params, machine):
         torch.manual_seed(seed)
         outputs.append(t.forward(p, x, config(dropout=0.3), machine, BOS, phase, drop=torch.Generator()))
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], plain)
+
+
+def test_token_drop_is_a_token_without_embedding(params, machine):
+    c, x = config(), random_tokens(4, 64, device=machine.device)
+    p, phase = params(c), t.phase_schedule(1.0, c)
+    hidden = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < 0.3
+    assert 0.2 < hidden.float().mean() < 0.4
+    with_nothing = dict(p, wte=torch.cat([p["wte"], torch.zeros_like(p["wte"][:1])]))  # one more token, of zeros
+    expected = t.forward(with_nothing, torch.where(hidden.to(x.device), len(p["wte"]), x), c, machine, BOS, phase)
+    y = t.forward(p, x, config(token_drop=0.3), machine, BOS, phase, drop=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(y, expected)
 
 
 def test_layer_drop_skips_whole_layers(params, machine):

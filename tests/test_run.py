@@ -150,7 +150,7 @@ def test_killed_runs_end_as_if_they_had_not_been(tiny_data, finished_run, tmp_pa
 
 def test_kills_at_random_with_dropout(tiny_data, tmp_path):
     """Ten kills over one run, and what is dropped is drawn again the same way."""
-    recipe = TINY | dict(dropout=0.2, layer_drop=0.2, epochs=3.0)
+    recipe = TINY | dict(dropout=0.2, token_drop=0.2, layer_drop=0.2, epochs=3.0)
     undisturbed, run, rng = tmp_path / "undisturbed", tmp_path / "run", random.Random(0)
     assert start(tiny_data, undisturbed, recipe=recipe).wait(120) == 0
     process = start(tiny_data, run, recipe=recipe)
