@@ -80,6 +80,7 @@ class Config:
     unet: bool = True              # layer i's output is added to the input of layer n_layer-1-i
     x0_mix: bool = True            # every layer starts from a * x + b * x0, both learned
     attn_gate: bool = True         # each head's output times a sigmoid of the layer's input: a head can rest
+    recall: str = ""               # orders, such as 4,8,16: beside each token its layers read what followed when the document last held the n-gram that ends here
     loop_first: int = 0            # looped layers: loop_first..loop_last run loop_times more
     loop_last: int = 0
     loop_times: int = 0
@@ -187,6 +188,7 @@ def check_config(c):
     require(c.loop_times == 0 or c.loop_first <= c.loop_last < c.n_layer,
             f"--loop_first {c.loop_first} --loop_last {c.loop_last}: not a range of the model's layers 0 to {c.n_layer - 1}")
     require(c.dtype in ("auto", "bf16", "fp32"), f"--dtype {c.dtype}: choose auto, bf16 or fp32")
+    require(re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", c.recall), f"--recall {c.recall}: write lengths of n-grams with commas between, such as 4,8,16")
     pair = r"(\d+\.?\d*|\.\d+):(\d+\.?\d*|\.\d+)"
     require(re.fullmatch(f"{pair}(,{pair})*", c.wd_points) and wd_points(c) == sorted(wd_points(c)),
             f"--wd_points {c.wd_points}: write fraction:multiple pairs in rising order, such as 0:1,0.5:0.1,1:1.5")
@@ -201,7 +203,7 @@ def models(c):
     if not c.student:
         return members
     changes = dict(change.partition("=")[::2] for change in c.student.split(","))
-    fixed = {"track", "data", "train_tokens", "seed", "members", "student"}
+    fixed = {"track", "data", "train_tokens", "seed", "members", "student", "recall"}
     unfit = [name for name in changes if name not in Config.__dataclass_fields__ or name in fixed]
     require(not unfit, f"--student {c.student}: write name=value pairs with commas between, of recipe options; {(unfit or [''])[0]!r} is none")
     return [*members, dataclasses.replace(members[0], seed=c.seed + 1000 * c.members, **typed(changes))]
@@ -316,7 +318,7 @@ def read_meta(c, m):
 def check_meta(meta):
     """meta, if it describes token shards; else KeyError, TypeError or ValueError."""
     texts = [meta["tokenizer"], meta["sha256"]["train.bin"], meta["sha256"]["val.bin"]]
-    if not (0 <= meta["bos_id"] < meta["vocab_size"] <= 65536 and meta["text_bytes"]["val"] > 0 and {*map(type, texts)} == {str}):
+    if not (0 <= meta["bos_id"] < meta["vocab_size"] <= NOTHING and meta["text_bytes"]["val"] > 0 and {*map(type, texts)} == {str}):
         raise ValueError("values out of range")
     return meta
 
@@ -351,6 +353,34 @@ def check_ids(tokens, vocab_size, path):
     require(int(tokens.max()) < vocab_size,
             f"{path}: holds token {tokens.max()}, but the vocabulary has only {vocab_size}: was it made with another tokenizer?")
 
+NOTHING = 65535  # where no token is recalled; none has this id
+
+def recall_orders(c):
+    return [int(n) for n in c.recall.split(",") if n]
+
+def with_recall(streams, bos_id, c):
+    """What the model reads: streams of ids [n_streams, length] -> uint16 [n_streams, length, 1 + orders]. Beside each token, for every order n
+    of c.recall, stands the token that followed the latest earlier occurrence, in the same document, of the n tokens which end here; NOTHING if
+    there was none. So it looks back to the document's beginning, past the window of attention, and never ahead."""
+    if not c.recall:
+        return streams[..., None]
+    tokens, at = streams.reshape(-1), np.arange(streams.size)
+    starts = tokens == bos_id
+    starts[::streams.shape[1]] = True
+    document, offset = np.cumsum(starts, dtype=np.uint64), at - np.maximum.accumulate(np.where(starts, at, 0))
+    # a hash of the n-gram: its tokens' random codes, times powers of an odd base, modulo 2**64; all n-grams at once from one running sum
+    base, codes = 0x9E3779B97F4A7C15, np.random.default_rng(0).integers(0, 2 ** 64, NOTHING + 1, dtype=np.uint64)
+    power, inverse = (np.cumprod(np.full(len(at), b, dtype=np.uint64)) for b in (base, pow(base, -1, 2 ** 64)))
+    total, columns = np.cumsum(codes[tokens] * inverse), [tokens]
+    for n in recall_orders(c):
+        ngram = (total - np.concatenate([np.zeros(min(n, len(at)), np.uint64), total[:-n]])) * power + document * codes[NOTHING]
+        order = np.argsort(ngram, kind="stable")
+        here, before = order[1:], order[:-1]
+        known = (ngram[here] == ngram[before]) & (offset[before] >= n - 1)
+        columns.append(np.full(len(at), NOTHING, dtype=np.uint16))
+        columns[-1][here[known]] = tokens[before[known] + 1]
+    return np.stack(columns, axis=-1).astype(np.uint16).reshape(*streams.shape, -1)
+
 class Loader:
     """Training batches as a function of the step alone: nothing to save, any position can be resumed.
 
@@ -358,10 +388,12 @@ class Loader:
     rows, which are then shuffled. A document that would end with its row is taken early, so that the next row starts at a BOS.
     Every token but the epoch's first is a target exactly once; the last row is filled up with targets of -1: not counted.
 
-    With bags of s tokens a row holds s * seq_len tokens, and each bag's targets are the s tokens of the next bag."""
-    def __init__(self, tokens, bos_id, c, rank=0, world_size=1, bag=1):
-        require(len(tokens) >= c.train_tokens, f"--train_tokens {c.train_tokens}: the training shard holds only {len(tokens)}; lower it")
-        self.tokens = tokens[:c.train_tokens]
+    With bags of s tokens a row holds s * seq_len tokens, and each bag's targets are the s tokens of the next bag.
+
+    inputs: [n, 1 + orders] of with_recall(), of which the first train_tokens are shown."""
+    def __init__(self, inputs, bos_id, c, rank=0, world_size=1, bag=1):
+        self.inputs = inputs[:c.train_tokens]
+        self.tokens = self.inputs[:, 0]
         starts = np.union1d([0], np.flatnonzero(self.tokens == bos_id))
         self.starts, self.lengths = starts, np.diff(np.append(starts, len(self.tokens)))
         self.T, self.bag, self.seed, self.bos_id, self.epoch = c.seq_len * bag, bag, c.seed, bos_id, None
@@ -387,7 +419,7 @@ class Loader:
         self.rows = rng.permutation(self.rows_per_epoch)
 
     def row(self, i):
-        """The T tokens of the epoch's stream from i*T on and the next one (or bag), as far as there are any."""
+        """The T inputs of the epoch's stream from i*T on and the next one (or bag), as far as there are any."""
         at, stop, pieces = i * self.T, min(i * self.T + self.T + self.bag, len(self.tokens)), []
         d = int(np.searchsorted(self.ends, at, side="right"))
         while at < stop:
@@ -395,13 +427,13 @@ class Loader:
             offset = at - (self.ends[d] - self.lengths[document])
             n = min(stop - at, self.lengths[document] - offset)
             first = self.starts[document] + offset
-            pieces.append(self.tokens[first:first + n])
+            pieces.append(self.inputs[first:first + n])
             at, d = at + n, d + 1
         return np.concatenate(pieces)
 
     def batch(self, step):
-        """This rank's inputs, int64 [rows, T], its targets [rows, T / bag, bag], and the number of targets in the batch of all ranks."""
-        x = np.full((len(self.share), self.T), self.bos_id, dtype=np.int64)
+        """This rank's inputs, int64 [rows, T, 1 + orders], its targets [rows, T / bag, bag], and the number of targets in the batch of all ranks."""
+        x = np.full((len(self.share), self.T, self.inputs.shape[1]), self.bos_id, dtype=np.int64)
         y = np.full((len(self.share), self.T), -1, dtype=np.int64)
         n_targets = 0
         for j in range(self.batch_rows):
@@ -412,7 +444,7 @@ class Loader:
             n_targets += max(0, min(self.T, len(self.tokens) - self.bag - i * self.T))
             if j in self.share:
                 row, at = self.row(i), j - self.share.start
-                x[at, :len(row[:self.T])], y[at, :len(row[self.bag:])] = row[:self.T], row[self.bag:]
+                x[at, :len(row[:self.T])], y[at, :len(row[self.bag:])] = row[:self.T], row[self.bag:, 0]
         return torch.from_numpy(x), torch.from_numpy(y).unflatten(1, (-1, self.bag)), n_targets
 
 # ---- model ------------------------------------------------------------------------------------------------------------
@@ -428,6 +460,7 @@ def param_shapes(c, vocab_size):
             "mlp_out": (L, D, c.mlp_hidden),
             **({"gates": (L, c.value_proj + c.attn_gate, H, gate)} if c.value_proj or c.attn_gate else {}),
             **({"mix": (L, 2)} if c.x0_mix else {}), **({"skip": (L // 2,)} if c.unet and L > 1 else {}),
+            **({"recall": (len(recall_orders(c)), vocab_size + 1, D)} if c.recall else {}),  # the last row: nothing
             **({"xsa": (L, H)} if c.xsa else {}), **({"iha": (L, 3, H, H)} if c.iha else {}), **({"mtp": (1, D, D)} if c.mtp_weight else {})}
 
 def init_params(c, vocab_size):
@@ -547,12 +580,15 @@ def layer_window(c, i, long_window):
     short = c.window_pattern[i % len(c.window_pattern)] == "S" and i < c.n_layer - 1
     return c.window_short if short else long_window
 
-def forward(p, tokens, c, m, bos_id, phase, drop=None, compiled=False):
-    """Hidden states [B, T, D] of tokens [B, T * bag], normalized, ready for the head. phase: the layers to run, in order, the long
+def forward(p, inputs, c, m, bos_id, phase, drop=None, compiled=False):
+    """Hidden states [B, T, D] of inputs [B, T * bag, 1 + orders] (see with_recall), normalized, ready for the head. phase: the layers to run, in order, the long
     window, and the size of a bag (see schedules). drop: None to score; in training a torch.Generator on the CPU that decides
     which tokens are hidden and which sequences skip which layers (dropout draws from torch's own)."""
     layers, long_window, bag = phase
+    tokens = inputs[..., 0]
     x, starts = F.embedding(tokens, p["wte"]), tokens == bos_id
+    for k, table in enumerate(p["recall"].unbind(0) if "recall" in p else ()):
+        x = x + F.embedding(inputs[..., 1 + k].clamp_max(len(table) - 1), table)
     if c.token_drop and drop is not None:
         x = x * (torch.rand(tokens.shape, generator=drop) >= c.token_drop).to(m.device)[..., None]
     if bag > 1:  # the mean over those tokens of a bag that belong to its last document
@@ -565,7 +601,7 @@ def forward(p, tokens, c, m, bos_id, phase, drop=None, compiled=False):
     windows = [min(layer_window(c, i, long_window), T) for i in layers]
     masks = attention_masks(starts, sorted(set(windows)), m.attention, m.dtype)
     # every bank is cast and taken apart once per pass, not once per use
-    banks = {name: p[name].to(m.dtype).unbind(0) for name in p if name not in ("wte", "lm_head", "skip", "mtp")}
+    banks = {name: p[name].to(m.dtype).unbind(0) for name in p if name not in ("wte", "lm_head", "recall", "skip", "mtp")}
     dropout = c.dropout if drop is not None else 0.0
     run_block = m.block if compiled else block  # scoring comes in all shapes, not worth compiling
     x = x0 = norm(x.to(m.dtype))
@@ -749,7 +785,7 @@ class MuonAdamW:
             if name in MUON_BANKS:
                 muon_update(own, grad[:n], first[:n], second[:n], c.muon_lr * lr, decay, momentum, c.muon_beta2, self.m.dtype)
             else:
-                base = {"wte": c.embed_lr, "lm_head": c.head_lr}.get(name, c.scalar_lr)
+                base = {"wte": c.embed_lr, "recall": c.embed_lr, "lm_head": c.head_lr}.get(name, c.scalar_lr)
                 adamw_update(own, grad[:n], first[:n], second[:n], base * lr, decay, c.adam_beta1, c.adam_beta2, step)
             if world > 1:
                 rows.copy_(self.gather(own, len(rows), per))
@@ -899,6 +935,7 @@ def stream_nll(p, streams, c, m, bos_id, phase):
     Consecutive windows of seq_len without overlap: each token is predicted once, from the tokens before it in its window and the
     one before that. The first token of a stream has no context and gets 0."""
     n, length = streams.shape
+    inputs = with_recall(streams, bos_id, c)
     out = torch.zeros(n, length, device=m.device)
     n_full, rest = divmod(length - 1, c.seq_len)
     for first, count, T in ((0, n_full, c.seq_len), (n_full, 1, rest)):  # whole windows, then what is left of each row
@@ -906,9 +943,9 @@ def stream_nll(p, streams, c, m, bos_id, phase):
         rows = max(1, c.device_tokens // max(T, 1))
         for i in tqdm(range(0, len(windows), rows), "scoring", unit="batch", delay=3, leave=False, disable=m.rank > 0):
             part = windows[i:i + rows]
-            ids = torch.from_numpy(np.stack([streams[row, at:at + T + 1] for row, at in part]).astype(np.int64)).to(m.device)
+            ids = torch.from_numpy(np.stack([inputs[row, at:at + T + 1] for row, at in part]).astype(np.int64)).to(m.device)
             h = forward(p, ids[:, :-1], c, m, bos_id, phase)
-            nll = token_nll(h.flatten(0, 1), p["lm_head"], ids[:, 1:].flatten(), c).view(len(part), T)
+            nll = token_nll(h.flatten(0, 1), p["lm_head"], ids[:, 1:, 0].flatten(), c).view(len(part), T)
             for (row, at), values in zip(part, nll):
                 out[row, at + 1:at + 1 + T] = values
     return all_reduce(m, out).cpu().numpy()
@@ -998,7 +1035,8 @@ def sample(run, c, m, meta, prompt, n_tokens, temperature=0.8):
     for _ in range(n_tokens):
         mean = 0
         for one, p, share in scored:
-            h = forward(p, torch.tensor([ids[-one.seq_len:]], device=m.device), one, m, meta["bos_id"], phase_schedule(1.0, one))
+            inputs = with_recall(np.array([ids], dtype=np.uint16), meta["bos_id"], one)[:, -one.seq_len:].astype(np.int64)
+            h = forward(p, torch.from_numpy(inputs).to(m.device), one, m, meta["bos_id"], phase_schedule(1.0, one))
             mean = mean + head_logits(h[0, -1:], p["lm_head"].to(h.dtype), one.softcap)[0].softmax(-1).cpu() * share
         ids.append(int(torch.multinomial((mean.log() / temperature).softmax(-1), 1, generator=g)))
         if ids[-1] == meta["bos_id"]:
@@ -1056,15 +1094,15 @@ def train_pass(p, x, y, n_targets, c, m, bos_id, phase, seed, teachers=()):
 
 class Schedule:
     """What a model trains on, step by step: bags first, if it has any, then single tokens. All a function of the step."""
-    def __init__(self, tokens, bos_id, c, m, steps=None):
+    def __init__(self, inputs, bos_id, c, m, steps=None):
         self.n_train, self.budget = c.train_tokens - int(c.train_tokens * c.holdout), c.train_tokens
         c = dataclasses.replace(c, train_tokens=self.n_train)
-        self.plain = Loader(tokens, bos_id, c, m.rank, m.world_size)
+        self.plain = Loader(inputs, bos_id, c, m.rank, m.world_size)
         self.total = min(self.plain.steps, steps or self.plain.steps)
         require(self.total * (1 - c.cycle_from) >= c.cycles, f"--cycles {c.cycles}: more than there are steps from --cycle_from {c.cycle_from:g} on")
         self.phases = [phase_schedule((step + 0.5) / self.total, c) for step in range(self.total)]
         self.n_bags = sum(bag > 1 for _, _, bag in self.phases)
-        self.bags = Loader(tokens, bos_id, c, m.rank, m.world_size, c.bag_size) if self.n_bags else None
+        self.bags = Loader(inputs, bos_id, c, m.rank, m.world_size, c.bag_size) if self.n_bags else None
 
     def batch(self, step):
         return self.bags.batch(step) if step < self.n_bags else self.plain.batch(step - self.n_bags)
@@ -1097,8 +1135,8 @@ def compile_all(runs, m, meta):
                 teachers = [(t, {name: w.to(m.device) for name, w in init_params(t, vocab_size).items()}) for t in taught]
                 for phase in sorted(set(schedule.phases)):
                     for rows in {len(part) for part in torch.arange(len(schedule.plain.share)).split(c.device_tokens // c.seq_len)}:
-                        x = torch.zeros(rows, c.seq_len * phase[2], dtype=torch.long)
-                        train_pass(p, x, x.unflatten(1, (-1, phase[2])), 1, c, m, meta["bos_id"], phase, (0,), teachers if phase[2] == 1 else ())
+                        x = torch.zeros(rows, c.seq_len * phase[2], 1 + len(recall_orders(c)), dtype=torch.long)
+                        train_pass(p, x, x[..., 0].unflatten(1, (-1, phase[2])), 1, c, m, meta["bos_id"], phase, (0,), teachers if phase[2] == 1 else ())
         except RuntimeError as e:  # as which torch._dynamo passes on whatever the compiler ran into
             set_compiled(m, "auto", f"the compiler failed, {first_line(e)}")
     all_reduce(m, torch.zeros(1, device=m.device)).item()  # waiting for the slowest rank is compilation, too
@@ -1275,7 +1313,9 @@ def train_command(given, args):
             dist.broadcast_object_list(names, src=0, device=m.device)  # the clocks of the ranks may differ
         run = Path(names[0])
     train_tokens, val_tokens = (read_shard(data_folder(c) / f, meta["vocab_size"], meta["sha256"][f]) for f in ("train.bin", "val.bin"))
-    schedules = [Schedule(train_tokens, meta["bos_id"], one, m, args.steps) for one in models(c)]
+    require(len(train_tokens) >= c.train_tokens, f"--train_tokens {c.train_tokens}: the training shard holds only {len(train_tokens)}; lower it")
+    inputs = with_recall(train_tokens[None, :c.train_tokens], meta["bos_id"], c)[0]
+    schedules = [Schedule(inputs, meta["bos_id"], one, m, args.steps) for one in models(c)]
     if m.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         content = {name: getattr(args, name) for name in ASKED} | {"config": dataclasses.asdict(c), "data": meta}

@@ -8,7 +8,7 @@ baselines/pocket/plan.txt: the plain recipe on more and more tokens, from which 
 ablations/pocket/plan.txt: techniques on and off, three seeds each. A title in equals signs begins a table.
 
 A line of a plan is a run: NAME, a colon, the options that it gives to train_gpt.py. "NAME x3:" stands for three seeds, NAME_s0 to
-NAME_s2; "NAME vs OTHER x3:" names the runs to compare them with. Killed at any time, this goes on where it stopped; started twice, the two share
+NAME_s2; "NAME vs OTHER x3:" names the runs to compare them with; "all: OPTIONS" are given to every run below it, before its own. Killed at any time, this goes on where it stopped; started twice, the two share
 the work (one core each: taskset -c 0, taskset -c 1). A run's log is kept without the script's source; its first line has the sha256
 of the train_gpt.py that ran, as the repository's history holds it.
 """
@@ -30,13 +30,16 @@ ROOT, BASELINES, ABLATIONS = HERE.parent, HERE / "baselines" / "pocket", HERE / 
 
 def read_plan(folder):
     """What plan.txt asks for, in order: dicts of title (of the table), name, control (a name, or None), options, and runs: {name of the run: its options}."""
-    entries, title = [], ""
+    entries, title, common = [], "", ""
     for line in (folder / "plan.txt").read_text().splitlines():
         if heading := re.fullmatch(r"== (.*) ==", line):
             title = heading[1]
+        elif line.startswith("all: "):
+            common = line[5:]
         elif line.strip() and not line.startswith("#"):
             name, control, seeds, options = re.fullmatch(r"(\S+)(?: vs (\S+))?(?: x(\d+))?: (.*)", line).groups()
-            runs = {f"{name}_s{seed}": [*options.split(), "--seed", str(seed)] for seed in range(int(seeds))} if seeds else {name: options.split()}
+            given = f"{common} {options}".split()
+            runs = {f"{name}_s{seed}": [*given, "--seed", str(seed)] for seed in range(int(seeds))} if seeds else {name: given}
             entries.append(dict(title=title, name=name, control=control, options=options, runs=runs))
     return entries
 

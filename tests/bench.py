@@ -69,7 +69,7 @@ def make_step(which, c, m, vocab):
         optimizer, phase = t.MuonAdamW(p, c, m), t.phase_schedule(1.0, c)
 
         def step():
-            t.train_pass(p, x, y[..., None], y.numel(), c, m, vocab - 1, phase, (0,))
+            t.train_pass(p, x[..., None], y[..., None], y.numel(), c, m, vocab - 1, phase, (0,))
             optimizer.step(1, 1.0, 1.0, 0.95)
     else:
         model = PlainGPT(c, vocab).to(m.device)
@@ -119,7 +119,7 @@ def plain_loss(c, m, lr):
     warmup, cosine to zero, gradients clipped at 1."""
     meta = t.read_meta(c, m)
     train, val = (t.read_shard(t.data_folder(c) / name, meta["vocab_size"]) for name in ("train.bin", "val.bin"))
-    loader = t.Loader(train, meta["bos_id"], c)
+    loader = t.Loader(train[:, None], meta["bos_id"], c)
     torch.manual_seed(c.seed)
     model = PlainGPT(c, meta["vocab_size"]).to(m.device)
     for name, w in model.named_parameters():
@@ -132,7 +132,7 @@ def plain_loss(c, m, lr):
         optimizer.param_groups[0]["lr"] = lr * (done / 0.1 if done < 0.1 else 0.5 + 0.5 * math.cos(math.pi * (done - 0.1) / 0.9))
         x, y, _ = loader.batch(step)
         with cast:
-            loss = model(x.to(m.device), y[..., 0].to(m.device))
+            loss = model(x[..., 0].to(m.device), y[..., 0].to(m.device))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -21,13 +21,14 @@ def loader_of(lengths, rank=0, world_size=1, **changes):
     rng = np.random.default_rng(7)
     tokens = np.concatenate([[BOS, *rng.integers(0, 256, n - 1)] for n in lengths]).astype(np.uint16)
     c = t.Config(**(TINY | dict(train_tokens=len(tokens)) | changes))
-    return t.Loader(tokens, BOS, c, rank, world_size), tokens, c
+    return t.Loader(tokens[:, None], BOS, c, rank, world_size), tokens, c
 
 
 def epoch_stream(loader, epoch):
     """The epoch's stream, put together from its rows by their place."""
     loader.start_epoch(epoch)
-    return np.concatenate([loader.row(i)[:loader.T] for i in range(loader.rows_per_epoch)] + [loader.row(loader.rows_per_epoch - 1)[loader.T:]])
+    rows = [loader.row(i)[:, 0] for i in range(loader.rows_per_epoch)]
+    return np.concatenate([row[:loader.T] for row in rows] + [rows[-1][loader.T:]])
 
 
 def test_an_epoch_is_every_document_once():
@@ -44,7 +45,7 @@ def test_every_token_is_a_target_once_per_epoch():
     loader, tokens, _ = loader_of(made_up_lengths(60), epochs=3.0)
     batches = -(-3 * loader.rows_per_epoch // loader.batch_rows)
     x, y, counts = zip(*(loader.batch(s) for s in range(batches)))
-    x, y = np.concatenate([a.numpy() for a in x]), np.concatenate([b.numpy()[..., 0] for b in y])
+    x, y = np.concatenate([a.numpy()[..., 0] for a in x]), np.concatenate([b.numpy()[..., 0] for b in y])
     assert all(int((b >= 0).sum()) == n for b, n in zip(np.split(y, batches), counts))
     assert (y[:, :-1] == x[:, 1:])[y[:, 1:] >= 0].all()  # targets are the inputs, one later
     for epoch in range(3):
@@ -59,11 +60,11 @@ def test_bags_against_a_plain_loop(bag):
     """Rows are bag times as long; bag i's targets are the tokens of bag i+1, wherever the row ends; every token of an epoch but its
     first bag is a target exactly once, and the count says how many."""
     tokens, c = loader_of(made_up_lengths(60))[1:]
-    loader = t.Loader(tokens, BOS, c, bag=bag)
+    loader = t.Loader(tokens[:, None], BOS, c, bag=bag)
     stream = epoch_stream(loader, 0)
     for step in range(loader.rows_per_epoch // loader.batch_rows):
         x, y, n = loader.batch(step)
-        assert x.shape == (loader.batch_rows, c.seq_len * bag) and y.shape == (loader.batch_rows, c.seq_len, bag)
+        assert x.shape == (loader.batch_rows, c.seq_len * bag, 1) and y.shape == (loader.batch_rows, c.seq_len, bag)
         assert int((y >= 0).sum()) == n
         for j in range(loader.batch_rows):
             at = int(loader.rows[step * loader.batch_rows + j]) * c.seq_len * bag
@@ -71,7 +72,7 @@ def test_bags_against_a_plain_loop(bag):
                 wanted = stream[at + (i + 1) * bag:at + (i + 2) * bag]
                 assert (y[j, i].numpy()[:len(wanted)] == wanted).all() and (y[j, i, len(wanted):] == -1).all()
             piece = stream[at:at + c.seq_len * bag]
-            assert (x[j].numpy()[:len(piece)] == piece).all()
+            assert (x[j, :len(piece), 0].numpy() == piece).all()
     batches = [loader.batch(step)[1].flatten(1) for step in range(-(-loader.rows_per_epoch // loader.batch_rows))]
     seen = np.concatenate(batches)[:loader.rows_per_epoch]  # the last batch goes on into the next epoch
     assert (np.bincount(seen[seen >= 0], minlength=257) == np.bincount(stream[bag:], minlength=257)).all()
@@ -81,10 +82,46 @@ def test_nothing_beyond_the_budget():
     """Whatever lies behind the budget in the shard, the batches are the same."""
     loader, tokens, c = loader_of(made_up_lengths(30))
     longer = np.concatenate([tokens, np.full(5000, 77, np.uint16)])
-    other = t.Loader(longer, BOS, c)
+    other = t.Loader(longer[:, None], BOS, c)
     assert other.steps == loader.steps
     for step in range(loader.steps + 2):
         assert all((a == b).all() for a, b in zip(loader.batch(step)[:2], other.batch(step)[:2]))
+
+
+def recalled_by_a_loop(stream, orders):
+    """[length, 1 + orders], written as the definition reads."""
+    out = np.full((len(stream), 1 + len(orders)), t.NOTHING)
+    out[:, 0] = stream
+    for i in range(len(stream)):
+        first = max([0, *np.flatnonzero(stream[:i + 1] == BOS)])
+        for k, n in enumerate(orders):
+            earlier = [j for j in range(first + n - 1, i) if (stream[j - n + 1:j + 1] == stream[i - n + 1:i + 1]).all()]
+            if i - n + 1 >= first and earlier:
+                out[i, 1 + k] = stream[earlier[-1] + 1]
+    return out
+
+
+def test_recall_against_a_loop():
+    """Two streams of three letters in several documents, and one shorter than the longest n-gram."""
+    streams = np.random.default_rng(0).integers(0, 3, (2, 150)).astype(np.uint16)
+    streams[0, [0, 40, 41, 90]] = streams[1, [30, 149]] = BOS
+    c = t.Config(recall="1,2,3,5,40")
+    for some in (streams, streams[:, :4], streams[:1, :1]):
+        got = t.with_recall(some, BOS, c)
+        assert got.dtype == np.uint16 and (got == np.stack([recalled_by_a_loop(row, (1, 2, 3, 5, 40)) for row in some])).all()
+    assert (got[..., 1:] == t.NOTHING).all() and (t.with_recall(streams, BOS, c)[..., 1:] != t.NOTHING).mean() > 0.3
+    assert t.with_recall(streams, BOS, t.Config()).shape == (2, 150, 1)
+
+
+def test_what_is_recalled_travels_with_the_token():
+    """Shuffled and cut into rows, each token keeps what its document recalls there."""
+    _, tokens, c = loader_of(made_up_lengths(40))
+    tokens[tokens != BOS] %= 4
+    loader = t.Loader(t.with_recall(tokens[None], BOS, t.Config(recall="2,4"))[0], BOS, c)
+    loader.start_epoch(0)
+    rows = np.concatenate([loader.row(i)[:loader.T] for i in range(loader.rows_per_epoch)])
+    for document in np.split(rows, np.flatnonzero(rows[:, 0] == BOS)[1:]):
+        assert (document == recalled_by_a_loop(document[:, 0], (2, 4))).all()
 
 
 def test_epochs_and_seeds_differ_and_repeat():

@@ -26,6 +26,10 @@ def random_tokens(B, T, seed=0, bos_share=0.05, device="cpu"):
     return torch.from_numpy(x).to(device)
 
 
+def forward(p, x, *args, **kwargs):
+    return t.forward(p, x[..., None], *args, **kwargs)  # of tokens alone, with nothing recalled
+
+
 def plain_attention(q, k, v, tokens, window):
     """Softmax over every score, the forbidden ones at -inf; pairs decided one by one."""
     B, T, H, d = q.shape
@@ -133,7 +137,7 @@ def test_forward_is_the_model_written_out(params, machine):
     p = {k: v.cpu().double() for k, v in params(c).items()}
     m = dataclasses.replace(machine, device=torch.device("cpu"), dtype=torch.float64)
     tokens = random_tokens(2, c.seq_len)
-    h = t.forward(p, tokens, c, m, BOS, t.phase_schedule(1.0, c))
+    h = forward(p, tokens, c, m, BOS, t.phase_schedule(1.0, c))
     for row in range(2):
         logits = c.softcap * torch.tanh(h[row] @ p["lm_head"].T / c.softcap)
         torch.testing.assert_close(logits, plain_model(p, tokens[row], c), atol=1e-6, rtol=1e-5)
@@ -150,7 +154,7 @@ def test_compiled_layers_equal_plain_ones(params, machine):
     for block, chunk in ((t.block, t.objective_chunk), (machine.block, machine.objective_chunk)):
         m = dataclasses.replace(machine, block=block, objective_chunk=chunk)
         p = {k: v.requires_grad_() for k, v in params(c).items()}
-        losses.append(t.train_pass(p, x, x[..., None], x.numel(), c, m, BOS, t.phase_schedule(0.0, c), (0,)))
+        losses.append(t.train_pass(p, x[..., None], x[..., None], x.numel(), c, m, BOS, t.phase_schedule(0.0, c), (0,)))
         grads.append({k: v.grad for k, v in p.items()})
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-5)
     for name in grads[0]:
@@ -166,8 +170,8 @@ def test_looped_layers_equal_the_unrolled_model(params, machine):
     p, x = params(c), random_tokens(2, c.seq_len, device=machine.device)
     unrolled = {k: v if k in ("wte", "lm_head") else v[list(layers)] for k, v in p.items()}
     wide = dataclasses.replace(c, n_layer=8, loop_times=0)
-    torch.testing.assert_close(t.forward(p, x, c, machine, BOS, (layers, c.seq_len, 1)),
-                               t.forward(unrolled, x, wide, machine, BOS, (tuple(range(8)), c.seq_len, 1)), rtol=0, atol=0)
+    torch.testing.assert_close(forward(p, x, c, machine, BOS, (layers, c.seq_len, 1)),
+                               forward(unrolled, x, wide, machine, BOS, (tuple(range(8)), c.seq_len, 1)), rtol=0, atol=0)
 
 
 def test_bags_against_a_plain_loop(params, machine):
@@ -184,22 +188,22 @@ def test_bags_against_a_plain_loop(params, machine):
             if BOS in tokens:
                 tokens = tokens[len(tokens) - 1 - tokens[::-1].index(BOS):]
             means[b, i] = p["wte"][tokens].mean(0)
-    got = t.forward(p, x, c, machine, BOS, ((0, 1), 64, bag))
+    got = forward(p, x, c, machine, BOS, ((0, 1), 64, bag))
     # the same positions as single tokens of a vocabulary of their own: 1 begins a document, the embedding is the mean
     table = means.flatten(0, 1)
     ids = torch.arange(40, device=machine.device).view(2, 20)
     for b in range(2):  # one row at a time, for only one id can be the BOS: documents by hand
         firsts = [0] + [i for i in range(1, 20) if starts[b, i]] + [20]
         for first, end in zip(firsts, firsts[1:]):
-            alone = t.forward(p | {"wte": table}, ids[b:b + 1, first:end], c, machine, -1, ((0, 1), 64, 1))
+            alone = forward(p | {"wte": table}, ids[b:b + 1, first:end], c, machine, -1, ((0, 1), 64, 1))
             torch.testing.assert_close(got[b:b + 1, first:end], alone, rtol=1e-4, atol=1e-5)  # RoPE is relative: a document may start anywhere
 
 
 def test_bags_of_one_are_the_plain_model(params, machine):
     c = config()
     p, x = params(c), random_tokens(2, 64, device=machine.device)
-    off = t.forward(p, x, c, machine, BOS, t.phase_schedule(0.0, c))
-    on = t.forward(p, x, dataclasses.replace(c, bag_size=4, bag_until=0.5), machine, BOS, t.phase_schedule(0.5, dataclasses.replace(c, bag_size=4, bag_until=0.5)))
+    off = forward(p, x, c, machine, BOS, t.phase_schedule(0.0, c))
+    on = forward(p, x, dataclasses.replace(c, bag_size=4, bag_until=0.5), machine, BOS, t.phase_schedule(0.5, dataclasses.replace(c, bag_size=4, bag_until=0.5)))
     assert torch.equal(off, on)
 
 
@@ -225,7 +229,7 @@ def test_switches_take_their_parameters_with_them(params, machine, switch):
         without.pop("skip")
     assert {k: tuple(v.shape) for k, v in without.items()} == t.param_shapes(off, 257)
     phase = t.phase_schedule(1.0, c)
-    torch.testing.assert_close(t.forward(without, x, off, machine, BOS, phase), t.forward(harmless, x, c, machine, BOS, phase), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(forward(without, x, off, machine, BOS, phase), forward(harmless, x, c, machine, BOS, phase), rtol=1e-4, atol=1e-5)
 
 
 def test_xsa_takes_out_the_tokens_own_value(params, machine):
@@ -240,7 +244,7 @@ def test_xsa_takes_out_the_tokens_own_value(params, machine):
         return seen[-1][0]
     p["xsa"][:], plain = 0, {k: v for k, v in p.items() if k != "xsa"}
     phase = t.phase_schedule(1.0, c)
-    torch.testing.assert_close(t.forward(p, x, c, machine, BOS, phase), t.forward(plain, x, dataclasses.replace(c, xsa=False), machine, BOS, phase))
+    torch.testing.assert_close(forward(p, x, c, machine, BOS, phase), forward(plain, x, dataclasses.replace(c, xsa=False), machine, BOS, phase))
     p["xsa"][:] = 1
     p["attn"][:, 3], p["mlp_out"][:] = torch.eye(c.n_embd, device=machine.device), 0  # the layer adds what its heads put out
     with pytest.MonkeyPatch.context() as patch:
@@ -261,7 +265,7 @@ def test_iha_mixes_heads(params, machine):
     c = config(n_layer=1, iha=True, attn_gate=False, value_proj=False)
     p, x = params(c), random_tokens(2, 40, device=machine.device)
     H, phase = c.n_head, t.phase_schedule(1.0, c)
-    run = lambda p, c=c: t.forward(p, x, c, machine, BOS, phase)  # noqa: E731
+    run = lambda p, c=c: forward(p, x, c, machine, BOS, phase)  # noqa: E731
     p["iha"][:] = torch.eye(H, device=machine.device)
     plain = {k: v for k, v in p.items() if k != "iha"}
     off = dataclasses.replace(c, iha=False)
@@ -282,27 +286,47 @@ def test_multi_token_prediction(params, machine):
     x = random_tokens(2, 64, device=machine.device)
     y = torch.randint(257, (2, 64, 1), device=machine.device)
     phase = t.phase_schedule(0.0, c)
-    loss = t.train_pass(p, x, y, 128, c, machine, BOS, phase, (0,))
-    h = t.forward(p, x, c, machine, BOS, phase)
+    loss = t.train_pass(p, x[..., None], y, 128, c, machine, BOS, phase, (0,))
+    h = forward(p, x, c, machine, BOS, phase)
     second = t.norm(h @ p["mtp"][0].T)
     ce = [torch.nn.functional.cross_entropy(t.head_logits(a.flatten(0, 1), p["lm_head"], c.softcap), b.flatten(), reduction="sum") / 128
           for a, b in ((h, y), (second[:, :-1], y[:, 1:]))]
     torch.testing.assert_close(loss, (ce[0] + 0.3 * ce[1]).detach(), rtol=1e-5, atol=1e-5)
     assert p["mtp"].grad.abs().sum() > 0
     without = {k: v for k, v in p.items() if k != "mtp"}
-    assert torch.equal(t.forward(without, x, dataclasses.replace(c, mtp_weight=0.0), machine, BOS, phase), h)
+    assert torch.equal(forward(without, x, dataclasses.replace(c, mtp_weight=0.0), machine, BOS, phase), h)
+
+
+def test_what_is_recalled_is_added_to_the_embedding(params, machine):
+    """Against the plain model with a token of its own for each triple of ids."""
+    c, plain = config(recall="2,4"), config()
+    p, phase = params(c), t.phase_schedule(1.0, c)
+    assert p["recall"].abs().sum() > 0
+    inputs = torch.stack([random_tokens(2, 64, seed=seed) for seed in range(3)], dim=-1)
+    inputs[..., 1:][torch.rand(2, 64, 2, generator=torch.Generator().manual_seed(0)) < 0.3] = t.NOTHING
+    inputs = inputs.to(machine.device)
+    rows = [table[ids] for table, ids in zip((p["wte"], *p["recall"]), inputs.clamp_max(257).unbind(-1))]
+    is_start = inputs[..., 0].flatten() == BOS
+    table, ids = sum(rows).flatten(0, 1), torch.arange(128, device=machine.device)
+    expected, without = [], {name: w for name, w in p.items() if name != "recall"}
+    for b in range(2):  # one document at a time, for only one id can be the BOS
+        firsts = [0] + [i for i in range(1, 64) if is_start[64 * b + i]] + [64]
+        expected += [forward(without | {"wte": table}, ids[None, 64 * b + first:64 * b + end], plain, machine, -1, phase) for first, end in zip(firsts, firsts[1:])]
+    got = t.forward(p, inputs, c, machine, BOS, phase)
+    torch.testing.assert_close(got.flatten(0, 1), torch.cat(expected, dim=1)[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(got, t.forward(without, inputs[..., :1], plain, machine, BOS, phase), atol=1e-2)
 
 
 def test_dropout_only_in_training(params, machine):
     c, noisy, x = config(), config(dropout=0.3, token_drop=0.5, layer_drop=0.9), random_tokens(8, 64, device=machine.device)
     p, phase = params(c), t.phase_schedule(1.0, c)
-    plain = t.forward(p, x, c, machine, BOS, phase)
-    assert torch.equal(t.forward(p, x, noisy, machine, BOS, phase), plain)  # scoring
-    assert torch.equal(t.forward(p, x, c, machine, BOS, phase, drop=torch.Generator()), plain)  # off is off
+    plain = forward(p, x, c, machine, BOS, phase)
+    assert torch.equal(forward(p, x, noisy, machine, BOS, phase), plain)  # scoring
+    assert torch.equal(forward(p, x, c, machine, BOS, phase, drop=torch.Generator()), plain)  # off is off
     outputs = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        outputs.append(t.forward(p, x, config(dropout=0.3), machine, BOS, phase, drop=torch.Generator()))
+        outputs.append(forward(p, x, config(dropout=0.3), machine, BOS, phase, drop=torch.Generator()))
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], plain)
 
 
@@ -312,8 +336,8 @@ def test_token_drop_is_a_token_without_embedding(params, machine):
     hidden = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < 0.3
     assert 0.2 < hidden.float().mean() < 0.4
     with_nothing = dict(p, wte=torch.cat([p["wte"], torch.zeros_like(p["wte"][:1])]))  # one more token, of zeros
-    expected = t.forward(with_nothing, torch.where(hidden.to(x.device), len(p["wte"]), x), c, machine, BOS, phase)
-    y = t.forward(p, x, config(token_drop=0.3), machine, BOS, phase, drop=torch.Generator().manual_seed(3))
+    expected = forward(with_nothing, torch.where(hidden.to(x.device), len(p["wte"]), x), c, machine, BOS, phase)
+    y = forward(p, x, config(token_drop=0.3), machine, BOS, phase, drop=torch.Generator().manual_seed(3))
     torch.testing.assert_close(y, expected)
 
 
@@ -326,9 +350,9 @@ def test_layer_drop_skips_whole_layers(params, machine):
         q = dict(p, attn=p["attn"].clone(), mlp_out=p["mlp_out"].clone())
         q["attn"][1, 3] *= factor
         q["mlp_out"][1] *= factor
-        return t.forward(q, x, c, machine, BOS, phase)
+        return forward(q, x, c, machine, BOS, phase)
     skipped, doubled = last_layer_times(0), last_layer_times(2)
-    y = t.forward(p, x, config(n_layer=2, unet=False, layer_drop=0.5), machine, BOS, phase, drop=torch.Generator().manual_seed(0))
+    y = forward(p, x, config(n_layer=2, unet=False, layer_drop=0.5), machine, BOS, phase, drop=torch.Generator().manual_seed(0))
     is_skipped, is_doubled = (torch.isclose(y, z, atol=1e-4).all(-1).all(-1) for z in (skipped, doubled))
     assert (is_skipped ^ is_doubled).all() and is_skipped.any() and is_doubled.any()
 
@@ -342,10 +366,11 @@ def test_first_loss_is_uniform(machine):
 
 # ---- invariants of the benchmark
 
+@pytest.mark.parametrize("recall", ["", "1,2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_token_sees_its_future(params, machine, dtype):
+def test_no_token_sees_its_future(params, machine, dtype, recall):
     """Every position of a stream of several windows, window edges included: what comes later changes nothing before."""
-    c, m = config(), dataclasses.replace(machine, dtype=dtype)
+    c, m = config(recall=recall), dataclasses.replace(machine, dtype=dtype)
     p, x = params(c), random_tokens(1, 200).numpy()
     before = t.stream_nll(p, x, c, m, BOS, t.phase_schedule(1.0, c))
     rng = np.random.default_rng(1)
@@ -358,9 +383,10 @@ def test_no_token_sees_its_future(params, machine, dtype):
         assert after[0, at] != before[0, at]
 
 
-def test_probabilities_sum_to_one(params, machine):
+@pytest.mark.parametrize("recall", ["", "1,2"])
+def test_probabilities_sum_to_one(params, machine, recall):
     """Rows that share a prefix and go through the whole vocabulary."""
-    c, p = config(), None
+    c = config(recall=recall)
     p = params(c)
     for length in (2, 40, 66):
         streams = random_tokens(1, length).repeat(257, 1)
@@ -369,9 +395,10 @@ def test_probabilities_sum_to_one(params, machine):
         assert abs(np.exp(-nll[:, -1].astype(np.float64)).sum() - 1) < 1e-5
 
 
-def test_rows_are_scored_independently(params, machine):
+@pytest.mark.parametrize("recall", ["", "1,2"])
+def test_rows_are_scored_independently(params, machine, recall):
     """Alone, in company, and in another order."""
-    c = config()
+    c = config(recall=recall)
     p, x, phase = params(c), random_tokens(7, 150).numpy(), t.phase_schedule(1.0, c)
     together = t.stream_nll(p, x, c, machine, BOS, phase)
     assert (together[:, 0] == 0).all() and (together[:, 1:] > 0).all()
@@ -387,7 +414,7 @@ def test_each_token_is_scored_from_its_own_window(params, machine):
     nll = t.stream_nll(p, x, c, machine, BOS, t.phase_schedule(1.0, c))[0]
     for i in range(1, 50):
         start = (i - 1) // 16 * 16
-        h = t.forward(p, torch.from_numpy(x[:, start:i]).to(machine.device), c, machine, BOS, t.phase_schedule(1.0, c))
+        h = forward(p, torch.from_numpy(x[:, start:i]).to(machine.device), c, machine, BOS, t.phase_schedule(1.0, c))
         expected = -t.head_logits(h[0, -1:], p["lm_head"], c.softcap)[0].log_softmax(-1)[x[0, i]]
         assert abs(nll[i] - expected.item()) < 1e-4
 
@@ -398,7 +425,7 @@ def test_flops_count_what_is_multiplied(machine, params):
     c = config(window_pattern="L", seq_len=64)
     p, x = params(c), random_tokens(1, 64, device=machine.device)
     with FlopCounterMode(display=False) as counter:
-        h = t.forward(p, x, c, machine, BOS, t.phase_schedule(1.0, c))
+        h = forward(p, x, c, machine, BOS, t.phase_schedule(1.0, c))
         t.head_logits(h[0], p["lm_head"], c.softcap)
     counted_all_pairs = 4 * 64 * c.n_embd * c.n_layer  # the counter does not know of the mask: T instead of (T+1)/2 keys
     expected = t.flops_per_token(c, 257, t.phase_schedule(1.0, c)) - 4 * 32.5 * c.n_embd * c.n_layer
