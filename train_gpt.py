@@ -80,7 +80,8 @@ class Config:
     unet: bool = True              # layer i's output is added to the input of layer n_layer-1-i
     x0_mix: bool = True            # every layer starts from a * x + b * x0, both learned
     attn_gate: bool = True         # each head's output times a sigmoid of the layer's input: a head can rest
-    recall: str = ""               # orders, such as 4,8,16: beside each token its layers read what followed when the document last held the n-gram that ends here
+    recall: str = ""               # lengths, such as 4,8,16: beside each token the model reads what followed when its document last held the n-gram that ends here
+    memory: str = ""               # ... and what followed when another of the training documents held it
     loop_first: int = 0            # looped layers: loop_first..loop_last run loop_times more
     loop_last: int = 0
     loop_times: int = 0
@@ -188,7 +189,9 @@ def check_config(c):
     require(c.loop_times == 0 or c.loop_first <= c.loop_last < c.n_layer,
             f"--loop_first {c.loop_first} --loop_last {c.loop_last}: not a range of the model's layers 0 to {c.n_layer - 1}")
     require(c.dtype in ("auto", "bf16", "fp32"), f"--dtype {c.dtype}: choose auto, bf16 or fp32")
-    require(re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", c.recall), f"--recall {c.recall}: write lengths of n-grams with commas between, such as 4,8,16")
+    for name in ("recall", "memory"):
+        lengths = getattr(c, name)
+        require(re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", lengths), f"--{name} {lengths}: write lengths of n-grams with commas between, such as 4,8,16")
     pair = r"(\d+\.?\d*|\.\d+):(\d+\.?\d*|\.\d+)"
     require(re.fullmatch(f"{pair}(,{pair})*", c.wd_points) and wd_points(c) == sorted(wd_points(c)),
             f"--wd_points {c.wd_points}: write fraction:multiple pairs in rising order, such as 0:1,0.5:0.1,1:1.5")
@@ -203,7 +206,7 @@ def models(c):
     if not c.student:
         return members
     changes = dict(change.partition("=")[::2] for change in c.student.split(","))
-    fixed = {"track", "data", "train_tokens", "seed", "members", "student", "recall"}
+    fixed = {"track", "data", "train_tokens", "seed", "members", "student", "recall", "memory", "holdout"}
     unfit = [name for name in changes if name not in Config.__dataclass_fields__ or name in fixed]
     require(not unfit, f"--student {c.student}: write name=value pairs with commas between, of recipe options; {(unfit or [''])[0]!r} is none")
     return [*members, dataclasses.replace(members[0], seed=c.seed + 1000 * c.members, **typed(changes))]
@@ -355,31 +358,70 @@ def check_ids(tokens, vocab_size, path):
 
 NOTHING = 65535  # where no token is recalled; none has this id
 
-def recall_orders(c):
-    return [int(n) for n in c.recall.split(",") if n]
+def recalled(c):
+    """How many tokens the model reads beside each."""
+    return len(lengths(c.recall)) + len(lengths(c.memory))
 
-def with_recall(streams, bos_id, c):
-    """What the model reads: streams of ids [n_streams, length] -> uint16 [n_streams, length, 1 + orders]. Beside each token, for every order n
-    of c.recall, stands the token that followed the latest earlier occurrence, in the same document, of the n tokens which end here; NOTHING if
-    there was none. So it looks back to the document's beginning, past the window of attention, and never ahead."""
-    if not c.recall:
-        return streams[..., None]
-    tokens, at = streams.reshape(-1), np.arange(streams.size)
-    starts = tokens == bos_id
-    starts[::streams.shape[1]] = True
-    document, offset = np.cumsum(starts, dtype=np.uint64), at - np.maximum.accumulate(np.where(starts, at, 0))
-    # a hash of the n-gram: its tokens' random codes, times powers of an odd base, modulo 2**64; all n-grams at once from one running sum
-    base, codes = 0x9E3779B97F4A7C15, np.random.default_rng(0).integers(0, 2 ** 64, NOTHING + 1, dtype=np.uint64)
-    power, inverse = (np.cumprod(np.full(len(at), b, dtype=np.uint64)) for b in (base, pow(base, -1, 2 ** 64)))
-    total, columns = np.cumsum(codes[tokens] * inverse), [tokens]
-    for n in recall_orders(c):
-        ngram = (total - np.concatenate([np.zeros(min(n, len(at)), np.uint64), total[:-n]])) * power + document * codes[NOTHING]
-        order = np.argsort(ngram, kind="stable")
-        here, before = order[1:], order[:-1]
-        known = (ngram[here] == ngram[before]) & (offset[before] >= n - 1)
-        columns.append(np.full(len(at), NOTHING, dtype=np.uint16))
-        columns[-1][here[known]] = tokens[before[known] + 1]
-    return np.stack(columns, axis=-1).astype(np.uint16).reshape(*streams.shape, -1)
+def lengths(text):
+    return [int(n) for n in text.split(",") if n]
+
+def n_trained(c):
+    """Tokens of the budget that are trained on; those after them are held out."""
+    return c.train_tokens - int(c.train_tokens * c.holdout)
+
+class Recall:
+    """Makes the model's inputs: beside each token, for each length n of c.recall, the token that followed the latest earlier occurrence, in the
+    same document, of the n tokens which end here; for each of c.memory the same of the training documents, but never of a token's own one, for
+    what a model is trained to trust must be as good on text that it has not seen. NOTHING where there is no such occurrence. Hard-wired induction
+    (arXiv 2401.12973) and retrieval (2112.04426), exact and without attention: as far back as the document goes, and never ahead."""
+    def __init__(self, tokens, bos_id, c):
+        """tokens: [n], the training tokens of the budget; without c.memory only needed to train."""
+        self.tokens, self.bos_id, self.c, self.index = tokens[:n_trained(c)], bos_id, c, []
+        if c.memory:
+            ngrams, document, _ = self.ngrams(self.tokens[None])
+            for n in lengths(c.memory):
+                ngram, at = ngrams(n)[:-1], np.arange(len(self.tokens) - 1)
+                order = np.argsort(ngram, kind="stable")
+                ngram, documents = ngram[order], document[order]
+                new = np.append(True, (ngram[1:] != ngram[:-1]) | (documents[1:] != documents[:-1]))
+                self.index.append((order, ngram, documents, np.maximum.accumulate(np.where(new, at, 0))))
+
+    def ngrams(self, streams):
+        """(a function from n to a hash of the n-gram that ends at each token, each token's document, its place in that)"""
+        tokens, at = streams.reshape(-1), np.arange(streams.size)
+        starts = tokens == self.bos_id
+        starts[::streams.shape[1]] = True
+        # random codes of the tokens, times powers of an odd number, modulo 2**64: all n-grams at once, as differences of one running sum
+        base, codes = 0x9E3779B97F4A7C15, np.random.default_rng(0).integers(0, 2 ** 64, NOTHING + 1, dtype=np.uint64)
+        power, inverse = (np.cumprod(np.full(len(at), b, dtype=np.uint64)) for b in (base, pow(base, -1, 2 ** 64)))
+        total = np.cumsum(codes[tokens] * inverse)
+        return (lambda n: (total - np.append(np.zeros(min(n, len(at)), np.uint64), total[:-n])) * power,
+                np.cumsum(starts, dtype=np.uint64), at - np.maximum.accumulate(np.where(starts, at, 0)))
+
+    def inputs(self, streams=None):
+        """Independent streams of ids [n_streams, length] -> uint16 [n_streams, length, 1 + recalled(c)]; None: the training tokens as one."""
+        c, training = self.c, streams is None
+        streams = self.tokens[None] if training else streams
+        if not recalled(c):
+            return streams[..., None]
+        tokens, (ngrams, document, offset) = streams.reshape(-1), self.ngrams(streams)
+        columns = np.full((1 + recalled(c), len(tokens)), NOTHING, dtype=np.uint16)
+        columns[0] = tokens
+        for column, n in zip(columns[1:], lengths(c.recall)):
+            ngram = ngrams(n) + document * np.uint64(0xD6E8FEB86659FD93)
+            order = np.argsort(ngram, kind="stable")
+            here, before = order[1:], order[:-1]
+            known = (ngram[here] == ngram[before]) & (offset[before] >= n - 1)
+            column[here[known]] = tokens[before[known] + 1]
+        for column, n, (order, known, documents, first) in zip(columns[1 + len(lengths(c.recall)):], lengths(c.memory), self.index):
+            ngram = ngrams(n)
+            found, asked = np.empty(len(tokens), np.int64), np.argsort(ngram)
+            found[asked] = np.searchsorted(known, ngram[asked], side="right") - 1  # several times as fast as in the stream's order
+            if training:
+                found = np.where(documents[found] == document, first[found] - 1, found)
+            good = (found >= 0) & (known[found] == ngram) & (offset >= n - 1)
+            column[good] = self.tokens[order[found[good]] + 1]
+        return columns.T.reshape(*streams.shape, -1)
 
 class Loader:
     """Training batches as a function of the step alone: nothing to save, any position can be resumed.
@@ -390,7 +432,7 @@ class Loader:
 
     With bags of s tokens a row holds s * seq_len tokens, and each bag's targets are the s tokens of the next bag.
 
-    inputs: [n, 1 + orders] of with_recall(), of which the first train_tokens are shown."""
+    inputs: [n, 1 + recalled(c)] of Recall, of which the first train_tokens are shown."""
     def __init__(self, inputs, bos_id, c, rank=0, world_size=1, bag=1):
         self.inputs = inputs[:c.train_tokens]
         self.tokens = self.inputs[:, 0]
@@ -432,7 +474,7 @@ class Loader:
         return np.concatenate(pieces)
 
     def batch(self, step):
-        """This rank's inputs, int64 [rows, T, 1 + orders], its targets [rows, T / bag, bag], and the number of targets in the batch of all ranks."""
+        """This rank's inputs, int64 [rows, T, 1 + recalled(c)], its targets [rows, T / bag, bag], and the number of targets in the batch of all ranks."""
         x = np.full((len(self.share), self.T, self.inputs.shape[1]), self.bos_id, dtype=np.int64)
         y = np.full((len(self.share), self.T), -1, dtype=np.int64)
         n_targets = 0
@@ -460,7 +502,7 @@ def param_shapes(c, vocab_size):
             "mlp_out": (L, D, c.mlp_hidden),
             **({"gates": (L, c.value_proj + c.attn_gate, H, gate)} if c.value_proj or c.attn_gate else {}),
             **({"mix": (L, 2)} if c.x0_mix else {}), **({"skip": (L // 2,)} if c.unet and L > 1 else {}),
-            **({"recall": (len(recall_orders(c)), vocab_size + 1, D)} if c.recall else {}),  # the last row: nothing
+            **({"recall": (recalled(c), vocab_size + 1, D)} if recalled(c) else {}),  # the last row: nothing
             **({"xsa": (L, H)} if c.xsa else {}), **({"iha": (L, 3, H, H)} if c.iha else {}), **({"mtp": (1, D, D)} if c.mtp_weight else {})}
 
 def init_params(c, vocab_size):
@@ -581,7 +623,7 @@ def layer_window(c, i, long_window):
     return c.window_short if short else long_window
 
 def forward(p, inputs, c, m, bos_id, phase, drop=None, compiled=False):
-    """Hidden states [B, T, D] of inputs [B, T * bag, 1 + orders] (see with_recall), normalized, ready for the head. phase: the layers to run, in order, the long
+    """Hidden states [B, T, D] of inputs [B, T * bag, 1 + recalled(c)] (see Recall), normalized, ready for the head. phase: the layers to run, in order, the long
     window, and the size of a bag (see schedules). drop: None to score; in training a torch.Generator on the CPU that decides
     which tokens are hidden and which sequences skip which layers (dropout draws from torch's own)."""
     layers, long_window, bag = phase
@@ -922,20 +964,22 @@ def load_weights(run, number, c, meta, m):
     raise Stop(f"{run}: lacks the final weights of model {number + 1}; finish the run with --resume {run}")
 
 def load_run(run, args):
-    """(Config, machine, meta) of a run folder that is to be scored."""
+    """(Config, machine, meta, Recall) of a run folder that is to be scored."""
     c, meta, _ = read_run(run)
     args.compile = "off"  # scoring comes in all shapes
-    return c, setup_machine(c, args), meta
+    path = data_folder(c) / "train.bin"
+    tokens = read_shard(path, meta["vocab_size"], meta["sha256"]["train.bin"])[:c.train_tokens] if c.memory else ()
+    return c, setup_machine(c, args), meta, Recall(tokens, meta["bos_id"], c)
 
 # ---- scoring ----------------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def stream_nll(p, streams, c, m, bos_id, phase):
-    """Negative log-likelihood in nats of every token of independent streams of ids: [n_streams, length] -> float32, on every rank.
+def stream_nll(p, inputs, c, m, bos_id, phase):
+    """Negative log-likelihood in nats of every token of independent streams, float32 [n_streams, length] on every rank, from what Recall
+    makes of their ids, [n_streams, length, 1 + recalled(c)].
     Consecutive windows of seq_len without overlap: each token is predicted once, from the tokens before it in its window and the
     one before that. The first token of a stream has no context and gets 0."""
-    n, length = streams.shape
-    inputs = with_recall(streams, bos_id, c)
+    n, length, _ = inputs.shape
     out = torch.zeros(n, length, device=m.device)
     n_full, rest = divmod(length - 1, c.seq_len)
     for first, count, T in ((0, n_full, c.seq_len), (n_full, 1, rest)):  # whole windows, then what is left of each row
@@ -966,11 +1010,11 @@ def mix_nll(total, nll, share):
     nll = nll.astype(np.float64) - math.log(share)
     return nll if total is None else -np.logaddexp(-total, -nll)
 
-def run_nll(run, streams, c, m, meta, show=None):
+def run_nll(run, inputs, c, m, meta, show=None):
     """NLL of every token under the run's mixture, float64 [n_streams, length]: one model in memory at a time."""
     total, whole, scored = None, 0.0, scored_models(run, c)
     for number, one, share in scored:
-        nll = stream_nll(load_weights(run, number, one, meta, m), streams, one, m, meta["bos_id"], phase_schedule(1.0, one))
+        nll = stream_nll(load_weights(run, number, one, meta, m), inputs, one, m, meta["bos_id"], phase_schedule(1.0, one))
         total, whole = mix_nll(total, nll, share), whole + share
         if show and len(scored) > 1:
             show(f"weights {number} (share {share:.3f}) alone: {mean_nll(nll):.6f}; the mixture so far: {mean_nll(total + math.log(whole)):.6f} nats per token")
@@ -978,11 +1022,11 @@ def run_nll(run, streams, c, m, meta, show=None):
     total[:, 0] = 0
     return total
 
-def fit_mixture(run, c, m, meta, stream):
-    """Shares of a run's models that give a stream of held-out training tokens the least NLL, by expectation maximization; the largest
+def fit_mixture(run, c, m, meta, inputs):
+    """Shares of a run's models that give held-out training tokens, inputs [1, length, 1 + recalled(c)], the least NLL, by expectation maximization; the largest
     `select` of them are kept. Written to mixture.json, {number: share}."""
     scored = scored_models(run, c, fitted=False)
-    nll = np.stack([stream_nll(load_weights(run, number, one, meta, m), stream[None], one, m, meta["bos_id"], phase_schedule(1.0, one))[0, 1:]
+    nll = np.stack([stream_nll(load_weights(run, number, one, meta, m), inputs, one, m, meta["bos_id"], phase_schedule(1.0, one))[0, 1:]
                     for number, one, _ in scored]).astype(np.float64)
     p = np.exp(nll.min(0) - nll)  # [models, tokens], up to a factor for each token
     share, kept = np.full(len(p), 1 / len(p)), np.ones(len(p), bool)
@@ -1007,7 +1051,7 @@ def score_command(args):
     """--score RUN --tokens FILE --nll OUT.npy: the contract that a referee relies on."""
     require(args.tokens and args.nll and args.nll.suffix == ".npy" and args.nll.parent.is_dir(),
             f"--score: needs --tokens FILE and --nll OUT.npy in a folder that exists, not --tokens {args.tokens} --nll {args.nll}")
-    c, m, meta = load_run(args.score, args)
+    c, m, meta, recall = load_run(args.score, args)
     shard = args.tokens.suffix != ".npy"
     try:
         streams = read_shard(args.tokens, meta["vocab_size"])[None] if shard else np.load(args.tokens, allow_pickle=False)
@@ -1017,13 +1061,13 @@ def score_command(args):
     require(kind.startswith("uint16 [") and streams.ndim == 2 and streams.size, f"--tokens {args.tokens}: {kind}, not uint16 [n_streams, length]")
     if not shard:
         check_ids(streams, meta["vocab_size"], args.tokens)
-    nll = run_nll(args.score, streams, c, m, meta).astype(np.float32)
+    nll = run_nll(args.score, recall.inputs(streams), c, m, meta).astype(np.float32)
     if m.rank == 0:
         write_npy(args.nll, nll[0] if shard else nll)
         print(f"{args.nll}: {nll.size - len(nll):,} tokens scored, {mean_nll(nll):.6f} nats per token")
 
 @torch.no_grad()
-def sample(run, c, m, meta, prompt, n_tokens, temperature=0.8):
+def sample(run, c, m, meta, recall, prompt, n_tokens, temperature=0.8):
     """Text that the run's models write after `prompt`. The whole context is computed anew for each token: slow, and simple."""
     from data import prepare
     try:
@@ -1033,10 +1077,10 @@ def sample(run, c, m, meta, prompt, n_tokens, temperature=0.8):
     scored = [(one, load_weights(run, number, one, meta, m), share) for number, one, share in scored_models(run, c)]
     g, ids = torch.Generator().manual_seed(c.seed), [meta["bos_id"]] + encoding.encode_ordinary(prompt)
     for _ in range(n_tokens):
-        mean = 0
+        mean, inputs = 0, recall.inputs(np.array([ids], dtype=np.uint16))
         for one, p, share in scored:
-            inputs = with_recall(np.array([ids], dtype=np.uint16), meta["bos_id"], one)[:, -one.seq_len:].astype(np.int64)
-            h = forward(p, torch.from_numpy(inputs).to(m.device), one, m, meta["bos_id"], phase_schedule(1.0, one))
+            x = torch.from_numpy(inputs[:, -one.seq_len:].astype(np.int64)).to(m.device)
+            h = forward(p, x, one, m, meta["bos_id"], phase_schedule(1.0, one))
             mean = mean + head_logits(h[0, -1:], p["lm_head"].to(h.dtype), one.softcap)[0].softmax(-1).cpu() * share
         ids.append(int(torch.multinomial((mean.log() / temperature).softmax(-1), 1, generator=g)))
         if ids[-1] == meta["bos_id"]:
@@ -1095,7 +1139,7 @@ def train_pass(p, x, y, n_targets, c, m, bos_id, phase, seed, teachers=()):
 class Schedule:
     """What a model trains on, step by step: bags first, if it has any, then single tokens. All a function of the step."""
     def __init__(self, inputs, bos_id, c, m, steps=None):
-        self.n_train, self.budget = c.train_tokens - int(c.train_tokens * c.holdout), c.train_tokens
+        self.n_train, self.budget = n_trained(c), c.train_tokens
         c = dataclasses.replace(c, train_tokens=self.n_train)
         self.plain = Loader(inputs, bos_id, c, m.rank, m.world_size)
         self.total = min(self.plain.steps, steps or self.plain.steps)
@@ -1135,15 +1179,16 @@ def compile_all(runs, m, meta):
                 teachers = [(t, {name: w.to(m.device) for name, w in init_params(t, vocab_size).items()}) for t in taught]
                 for phase in sorted(set(schedule.phases)):
                     for rows in {len(part) for part in torch.arange(len(schedule.plain.share)).split(c.device_tokens // c.seq_len)}:
-                        x = torch.zeros(rows, c.seq_len * phase[2], 1 + len(recall_orders(c)), dtype=torch.long)
+                        x = torch.zeros(rows, c.seq_len * phase[2], 1 + recalled(c), dtype=torch.long)
                         train_pass(p, x, x[..., 0].unflatten(1, (-1, phase[2])), 1, c, m, meta["bos_id"], phase, (0,), teachers if phase[2] == 1 else ())
         except RuntimeError as e:  # as which torch._dynamo passes on whatever the compiler ran into
             set_compiled(m, "auto", f"the compiler failed, {first_line(e)}")
     all_reduce(m, torch.zeros(1, device=m.device)).item()  # waiting for the slowest rank is compilation, too
     return time.monotonic() - began
 
-def train(c, run, m, meta, schedules, train_tokens, val_tokens, asked_to_stop):
-    """Train the models of a run from its last checkpoint, or from the start. Returns (progress, [(Config, Schedule, teachers)], Log)."""
+def train(c, run, m, meta, schedules, probe, held_out, asked_to_stop):
+    """Train the models of a run from its last checkpoint, or from the start. probe, held_out: inputs [1, length, 1 + recalled(c)] that are looked
+    at in between, and on which a mixture is fitted. Returns (progress, [(Config, Schedule, teachers)], Log)."""
     state = load_state(run)
     progress, trained = state["progress"], models(c)
     log = Log(run, m, progress["log_bytes"])
@@ -1167,7 +1212,7 @@ def train(c, run, m, meta, schedules, train_tokens, val_tokens, asked_to_stop):
     log(f"compiled: {m.why['compiled']}; {compile_seconds:.1f} s, which the clock leaves out")
     progress["compile_seconds"] += compile_seconds
     start = START + compile_seconds - progress["seconds"]  # where the clock would have begun, had the run never stopped
-    total, probe = None, val_tokens[None, :c.probe_tokens]
+    total = None
     for k, (one, schedule, taught) in enumerate(runs):
         new = k >= progress["model"]
         if new:
@@ -1188,10 +1233,9 @@ def train(c, run, m, meta, schedules, train_tokens, val_tokens, asked_to_stop):
         if new:
             save_state(run, {}, None, {}, progress, log, m)
     if c.holdout:
-        held_out = train_tokens[runs[0][1].n_train:c.train_tokens]
         fitted = fit_mixture(run, c, m, meta, held_out)
         progress["seconds"] = time.monotonic() - start
-        log(f"mixture fitted on {len(held_out):,} held-out training tokens: {', '.join(f'{number}: {share:.3f}' for number, share in fitted.items())}")
+        log(f"mixture fitted on {held_out.shape[1]:,} held-out training tokens: {', '.join(f'{number}: {share:.3f}' for number, share in fitted.items())}")
     return progress, runs, log
 
 def last_weights(k, c):
@@ -1258,9 +1302,9 @@ def end_cycle(p, j, k, c, run, m):
         if name in p:
             p[name].add_(torch.randn(p[name].shape, generator=g).to(m.device) * p[name].square().mean().sqrt() * c.cycle_noise)
 
-def finish(progress, runs, log, c, run, m, meta, val_tokens, steps):
+def finish(progress, runs, log, c, run, m, meta, recall, val_tokens, steps):
     """After the clock: score the final weights, write the record."""
-    nll = run_nll(run, val_tokens[None], c, m, meta, log)
+    nll = run_nll(run, recall.inputs(val_tokens[None]), c, m, meta, log)
     if m.rank > 0:
         return
     vocab_size, scored = meta["vocab_size"], [one for _, one, _ in scored_models(run, c)]
@@ -1280,7 +1324,7 @@ def finish(progress, runs, log, c, run, m, meta, val_tokens, steps):
     log(f"trained for {progress['seconds']:.1f} s, {record['tokens_seen']:,} tokens seen, {record['train_flops']:.4g} FLOPs, "
         f"peak memory {peak / 2 ** 20:.0f} MiB")
     try:
-        log(f"---- what the model writes on its own\n{sample(run, c, m, meta, '', 300)}\n----")
+        log(f"---- what the model writes on its own\n{sample(run, c, m, meta, recall, '', 300)}\n----")
     except Exception as e:  # whatever ails a tokenizer, it does not spoil a finished run
         log(f"no sample: {first_line(e)}")
     log(f"val_loss {record['val_loss']:.6f} nats per token, {record['val_bpb']:.6f} bits per byte, {record['val_tokens']:,} tokens scored\n"
@@ -1314,7 +1358,8 @@ def train_command(given, args):
         run = Path(names[0])
     train_tokens, val_tokens = (read_shard(data_folder(c) / f, meta["vocab_size"], meta["sha256"][f]) for f in ("train.bin", "val.bin"))
     require(len(train_tokens) >= c.train_tokens, f"--train_tokens {c.train_tokens}: the training shard holds only {len(train_tokens)}; lower it")
-    inputs = with_recall(train_tokens[None, :c.train_tokens], meta["bos_id"], c)[0]
+    recall = Recall(train_tokens[:c.train_tokens], meta["bos_id"], c)
+    inputs, held_out = recall.inputs()[0], recall.inputs(train_tokens[None, n_trained(c):c.train_tokens]) if c.holdout else None
     schedules = [Schedule(inputs, meta["bos_id"], one, m, args.steps) for one in models(c)]
     if m.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
@@ -1328,9 +1373,9 @@ def train_command(given, args):
         asked_to_stop.append(time.monotonic())
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
-    trained = train(c, run, m, meta, schedules, train_tokens, val_tokens, asked_to_stop)
+    trained = train(c, run, m, meta, schedules, recall.inputs(val_tokens[None, :c.probe_tokens]), held_out, asked_to_stop)
     asked_to_stop.insert(0, -math.inf)
-    finish(*trained, c, run, m, meta, val_tokens, args.steps)
+    finish(*trained, c, run, m, meta, recall, val_tokens, args.steps)
 
 # ---- main -------------------------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@ def read_plan(folder):
         elif line.startswith("all: "):
             common = line[5:]
         elif line.strip() and not line.startswith("#"):
-            name, control, seeds, options = re.fullmatch(r"(\S+)(?: vs (\S+))?(?: x(\d+))?: (.*)", line).groups()
+            name, control, seeds, options = re.fullmatch(r"(\S+)(?: vs (\S+))?(?: x(\d+))?: ?(.*)", line).groups()
             given = f"{common} {options}".split()
             runs = {f"{name}_s{seed}": [*given, "--seed", str(seed)] for seed in range(int(seeds))} if seeds else {name: given}
             entries.append(dict(title=title, name=name, control=control, options=options, runs=runs))

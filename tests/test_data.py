@@ -88,36 +88,63 @@ def test_nothing_beyond_the_budget():
         assert all((a == b).all() for a, b in zip(loader.batch(step)[:2], other.batch(step)[:2]))
 
 
-def recalled_by_a_loop(stream, orders):
-    """[length, 1 + orders], written as the definition reads."""
-    out = np.full((len(stream), 1 + len(orders)), t.NOTHING)
+def recalled_by_a_loop(stream, recall, memory=(), known=(), own=True):
+    """[length, 1 + lengths], written as the definition reads. known: the training tokens; own: whether the stream is these themselves."""
+    out, known = np.full((len(stream), 1 + len(recall) + len(memory)), t.NOTHING), np.array(known)
     out[:, 0] = stream
     for i in range(len(stream)):
         first = max([0, *np.flatnonzero(stream[:i + 1] == BOS)])
-        for k, n in enumerate(orders):
-            earlier = [j for j in range(first + n - 1, i) if (stream[j - n + 1:j + 1] == stream[i - n + 1:i + 1]).all()]
-            if i - n + 1 >= first and earlier:
-                out[i, 1 + k] = stream[earlier[-1] + 1]
+        end = min([len(stream), *(np.flatnonzero(stream[i + 1:] == BOS) + i + 1)])
+        for k, n in enumerate((*recall, *memory)):
+            ngram, inside = stream[max(0, i - n + 1):i + 1], i - n + 1 >= first
+            if k < len(recall):
+                places = [j for j in range(first + n - 1, i) if (stream[j - n + 1:j + 1] == ngram).all()] if inside else []
+                out[i, 1 + k] = stream[places[-1] + 1] if places else t.NOTHING
+            else:
+                places = [j for j in range(n - 1, len(known) - 1) if (known[j - n + 1:j + 1] == ngram).all() and not (own and first <= j < end)] if inside else []
+                out[i, 1 + k] = known[places[-1] + 1] if places else t.NOTHING
     return out
 
 
+def three_letters(*starts, n=150, seed=0):
+    stream = np.random.default_rng(seed).integers(0, 3, n).astype(np.uint16)
+    stream[list(starts)] = BOS
+    return stream
+
+
 def test_recall_against_a_loop():
-    """Two streams of three letters in several documents, and one shorter than the longest n-gram."""
-    streams = np.random.default_rng(0).integers(0, 3, (2, 150)).astype(np.uint16)
-    streams[0, [0, 40, 41, 90]] = streams[1, [30, 149]] = BOS
-    c = t.Config(recall="1,2,3,5,40")
+    """Streams of three letters in several documents, short and long ones."""
+    c = t.Config(recall="1,2,3,5,40", memory="1,3,4,40", train_tokens=200)
+    known = three_letters(0, 50, 51, 120, n=230, seed=1)
+    recall = t.Recall(known[:200], BOS, c)
+    streams = np.stack([three_letters(0, 40, 41, 90), three_letters(30, 149, seed=2)])
     for some in (streams, streams[:, :4], streams[:1, :1]):
-        got = t.with_recall(some, BOS, c)
-        assert got.dtype == np.uint16 and (got == np.stack([recalled_by_a_loop(row, (1, 2, 3, 5, 40)) for row in some])).all()
-    assert (got[..., 1:] == t.NOTHING).all() and (t.with_recall(streams, BOS, c)[..., 1:] != t.NOTHING).mean() > 0.3
-    assert t.with_recall(streams, BOS, t.Config()).shape == (2, 150, 1)
+        got = recall.inputs(some)
+        assert got.dtype == np.uint16
+        assert (got == np.stack([recalled_by_a_loop(row, (1, 2, 3, 5, 40), (1, 3, 4, 40), known[:200], own=False) for row in some])).all()
+    assert (got[..., 1:6] == t.NOTHING).all() and (recall.inputs(streams)[..., 1:] != t.NOTHING).mean() > 0.3
+    assert t.Recall((), BOS, t.Config()).inputs(streams).shape == (2, 150, 1)
+
+
+def test_training_documents_do_not_recall_themselves_from_memory():
+    known = three_letters(0, 30, 31, 100, 170, n=200)
+    got = t.Recall(known, BOS, t.Config(recall="2", memory="1,2,4", train_tokens=200)).inputs()[0]
+    assert (got == recalled_by_a_loop(known, (2,), (1, 2, 4), known)).all()
+    alone = t.Recall(known[:30], BOS, t.Config(memory="1,2,4", train_tokens=30)).inputs()[0]
+    assert (alone[:, 1:] == t.NOTHING).all()  # a single document knows of no other
+
+
+def test_held_out_tokens_are_not_in_memory():
+    known = three_letters(0, 30, 31, 100, 170, n=200)
+    c = t.Config(memory="2,4", train_tokens=200, holdout=0.25)
+    assert (t.Recall(known, BOS, c).inputs(known[None, 150:]) == t.Recall(known[:150], BOS, t.Config(memory="2,4", train_tokens=150)).inputs(known[None, 150:])).all()
 
 
 def test_what_is_recalled_travels_with_the_token():
     """Shuffled and cut into rows, each token keeps what its document recalls there."""
     _, tokens, c = loader_of(made_up_lengths(40))
     tokens[tokens != BOS] %= 4
-    loader = t.Loader(t.with_recall(tokens[None], BOS, t.Config(recall="2,4"))[0], BOS, c)
+    loader = t.Loader(t.Recall(tokens, BOS, t.Config(recall="2,4", train_tokens=len(tokens))).inputs()[0], BOS, c)
     loader.start_epoch(0)
     rows = np.concatenate([loader.row(i)[:loader.T] for i in range(loader.rows_per_epoch)])
     for document in np.split(rows, np.flatnonzero(rows[:, 0] == BOS)[1:]):

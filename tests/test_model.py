@@ -30,6 +30,12 @@ def forward(p, x, *args, **kwargs):
     return t.forward(p, x[..., None], *args, **kwargs)  # of tokens alone, with nothing recalled
 
 
+def stream_nll(p, x, c, *args):
+    known = np.random.default_rng(5).integers(0, 256, 300).astype(np.uint16)
+    known[[0, 100]] = BOS
+    return t.stream_nll(p, t.Recall(known, BOS, dataclasses.replace(c, train_tokens=300)).inputs(x), c, *args)
+
+
 def plain_attention(q, k, v, tokens, window):
     """Softmax over every score, the forbidden ones at -inf; pairs decided one by one."""
     B, T, H, d = q.shape
@@ -360,58 +366,58 @@ def test_layer_drop_skips_whole_layers(params, machine):
 def test_first_loss_is_uniform(machine):
     c = config()
     p = {k: v.to(machine.device) for k, v in t.init_params(c, 257).items()}
-    nll = t.stream_nll(p, random_tokens(2, 150).numpy(), c, machine, BOS, t.phase_schedule(1.0, c))
+    nll = stream_nll(p, random_tokens(2, 150).numpy(), c, machine, BOS, t.phase_schedule(1.0, c))
     assert abs(t.mean_nll(nll) - math.log(257)) < 0.02
 
 
 # ---- invariants of the benchmark
 
-@pytest.mark.parametrize("recall", ["", "1,2"])
+@pytest.mark.parametrize("recall", [{}, dict(recall="1,2", memory="1,2")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_token_sees_its_future(params, machine, dtype, recall):
     """Every position of a stream of several windows, window edges included: what comes later changes nothing before."""
-    c, m = config(recall=recall), dataclasses.replace(machine, dtype=dtype)
+    c, m = config(**recall), dataclasses.replace(machine, dtype=dtype)
     p, x = params(c), random_tokens(1, 200).numpy()
-    before = t.stream_nll(p, x, c, m, BOS, t.phase_schedule(1.0, c))
+    before = stream_nll(p, x, c, m, BOS, t.phase_schedule(1.0, c))
     rng = np.random.default_rng(1)
     for at in [1, 63, 64, 65, 127, 128, 129, 192, 193, 199]:
         changed = x.copy()
         changed[:, at:] = rng.integers(0, 257, changed[:, at:].shape)
         changed[:, at] = (x[:, at] + 1) % 257
-        after = t.stream_nll(p, changed, c, m, BOS, t.phase_schedule(1.0, c))
+        after = stream_nll(p, changed, c, m, BOS, t.phase_schedule(1.0, c))
         assert np.array_equal(after[:, :at], before[:, :at]), at
         assert after[0, at] != before[0, at]
 
 
-@pytest.mark.parametrize("recall", ["", "1,2"])
+@pytest.mark.parametrize("recall", [{}, dict(recall="1,2", memory="1,2")])
 def test_probabilities_sum_to_one(params, machine, recall):
     """Rows that share a prefix and go through the whole vocabulary."""
-    c = config(recall=recall)
+    c = config(**recall)
     p = params(c)
     for length in (2, 40, 66):
         streams = random_tokens(1, length).repeat(257, 1)
         streams[:, -1] = torch.arange(257)
-        nll = t.stream_nll(p, streams.numpy(), c, machine, BOS, t.phase_schedule(1.0, c))
+        nll = stream_nll(p, streams.numpy(), c, machine, BOS, t.phase_schedule(1.0, c))
         assert abs(np.exp(-nll[:, -1].astype(np.float64)).sum() - 1) < 1e-5
 
 
-@pytest.mark.parametrize("recall", ["", "1,2"])
+@pytest.mark.parametrize("recall", [{}, dict(recall="1,2", memory="1,2")])
 def test_rows_are_scored_independently(params, machine, recall):
     """Alone, in company, and in another order."""
-    c = config(recall=recall)
+    c = config(**recall)
     p, x, phase = params(c), random_tokens(7, 150).numpy(), t.phase_schedule(1.0, c)
-    together = t.stream_nll(p, x, c, machine, BOS, phase)
+    together = stream_nll(p, x, c, machine, BOS, phase)
     assert (together[:, 0] == 0).all() and (together[:, 1:] > 0).all()
-    np.testing.assert_allclose(t.stream_nll(p, x[::-1], c, machine, BOS, phase)[::-1], together, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(stream_nll(p, x[::-1], c, machine, BOS, phase)[::-1], together, rtol=1e-5, atol=1e-6)
     for row in range(7):
-        np.testing.assert_allclose(t.stream_nll(p, x[row:row + 1], c, machine, BOS, phase)[0], together[row], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(stream_nll(p, x[row:row + 1], c, machine, BOS, phase)[0], together[row], rtol=1e-5, atol=1e-6)
 
 
 def test_each_token_is_scored_from_its_own_window(params, machine):
     """A stream in consecutive windows without overlap, written as a loop over tokens."""
     c = config(seq_len=16, window_short=8)
     p, x = params(c), random_tokens(1, 50).numpy()
-    nll = t.stream_nll(p, x, c, machine, BOS, t.phase_schedule(1.0, c))[0]
+    nll = stream_nll(p, x, c, machine, BOS, t.phase_schedule(1.0, c))[0]
     for i in range(1, 50):
         start = (i - 1) // 16 * 16
         h = forward(p, torch.from_numpy(x[:, start:i]).to(machine.device), c, machine, BOS, t.phase_schedule(1.0, c))

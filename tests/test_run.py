@@ -285,7 +285,7 @@ def test_data_that_changed_under_a_run(tiny_data, tmp_path, cli):
 # ---- several models in one run
 
 CHAIN = TINY | dict(members=3, distill_alpha=0.4, distill_temp=1.2, bag_size=2, bag_until=0.3, ema=0.9, loop_first=1, loop_last=1, loop_times=1,
-                    dropout=0.1, student="distill_alpha=0.9,n_embd=16,mlp_hidden=32")
+                    dropout=0.1, recall="2,4", memory="3", student="distill_alpha=0.9,n_embd=16,mlp_hidden=32")
 
 
 def finish(tiny_data, run, recipe):
@@ -391,7 +391,7 @@ def test_ema_is_the_average_of_the_path(tiny_data, cli, tmp_path, monkeypatch):
         torch.testing.assert_close(weights(tmp_path / "r")[f"0 {name}"], average, rtol=1e-4, atol=1e-6)
 
 
-SNAPSHOTS = TINY | dict(cycles=3, cycle_from=0.4, snapshots=True, cycle_noise=0.01, members=2, holdout=0.2, select=4)
+SNAPSHOTS = TINY | dict(recall="3", memory="2,5", cycles=3, cycle_from=0.4, snapshots=True, cycle_noise=0.01, members=2, holdout=0.2, select=4)
 
 
 @pytest.fixture(scope="module")
@@ -428,6 +428,17 @@ def test_selection_sees_held_out_training_tokens_and_never_validation(tiny_data,
         finish(data, run, SNAPSHOTS)
         assert all(torch.equal(w, weights(run)[name]) for name, w in weights(snapshots).items())
         assert (json.loads((run / "mixture.json").read_text()) == fitted) == (shard == "val.bin")
+
+
+def test_scoring_from_memory_needs_the_training_tokens(tiny_data, cli, tmp_path):
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(tiny_data, data)
+    assert cli(*options(**TINY | dict(memory="2,5", epochs=0.3), data=data), "--run_dir", run, *PLAIN)[0] == 0
+    score = ("--score", run, "--tokens", data / "val.bin", "--nll", tmp_path / "nll.npy")
+    assert cli(*score)[0] == 0 and np.load(tmp_path / "nll.npy").sum() / 3009 == pytest.approx(json.loads((run / "record.json").read_text())["val_loss"], rel=1e-3)
+    (data / "train.bin").unlink()
+    status, _, err = cli(*score)
+    assert status == 2 and "train.bin" in err and len(err.strip().splitlines()) == 1
 
 
 def test_killed_between_cycles(tiny_data, snapshots, tmp_path):
