@@ -349,6 +349,7 @@ def run_command(run, folder):
         raise Refused(f"{run}: not the folder of a finished run ({e})")
     script = Path(folder) / Path(name).name
     script.write_bytes(source)
+    (Path(folder) / "data").symlink_to(ROOT / "data")  # where it finds its training tokens, if it scores with their help
     return [sys.executable, str(script), "--score", str(run.resolve()), "--tokens", "{tokens}", "--nll", "{nll}"], track, claimed
 
 def audit_run(run, seconds, rng, part=None, track=None, show=print):

@@ -1,6 +1,7 @@
 """The audit: each way to cheat is caught by the check that is meant for it, and honest scorers of unusual kinds pass."""
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,3 +119,9 @@ def test_mistakes_get_one_line(argv, words, capsys):
         audit.main(argv)
     lines = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and len(lines) == 1 and words in lines[0]
+
+
+def test_a_script_finds_its_data_folder(finished_run, tmp_path):
+    """Scripts that score with the help of training tokens look for them beside themselves, and the audit runs a copy."""
+    command, _, _ = audit.run_command(finished_run, tmp_path)
+    assert (Path(command[1]).parent / "data" / "prepare.py").exists()
