@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from leaderboard import compare_scores  # noqa: E402
+from leaderboard import INK, compare_scores, figure, save_picture  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 ROOT, BASELINES, ABLATIONS = HERE.parent, HERE / "baselines" / "pocket", HERE / "ablations" / "pocket"
@@ -148,6 +148,56 @@ def write_ablations():
         logs = " ".join(f"[{run['name'].rpartition('_')[2]}](pocket/{run['name']}.log)" for run in group["logs"])
         lines.append(f"| {name} | {group['options']} | {losses.mean():.4f} | {' '.join(f'{loss:.4f}' for loss in losses)} {difference}| {flops} | {logs} |")
     between(HERE / "ablations" / "README.md", "<!-- ablations: python records/sweeps.py --table -->", "<!-- end of ablations -->", lines)
+    for name, draw in (("decay", draw_decay), ("epochs", draw_epochs), ("chain", draw_chain)):
+        for theme in INK:
+            if picture := draw(groups, theme):
+                save_picture(HERE / "ablations" / f"{name}_{theme}.svg", picture, "the logs")
+
+def draw_decay(groups, theme):
+    """Validation loss over weight decay, a line for each width."""
+    lines = {}
+    for name, group in groups.items():
+        if size := re.fullmatch(r"w(\d+)_wd([\d.]+)", name):
+            lines.setdefault(int(size[1]), []).append((float(size[2]), group["scores"][1].mean()))
+    if lines:
+        fig, [[ax]] = figure(theme, 1, 4)
+        for shade, (width, points) in zip(np.linspace(0.4, 1, len(lines)), sorted(lines.items())):
+            points.sort()
+            ax.plot(*zip(*points), "o-", color=INK[theme][2], alpha=shade, label=f"width {width}")
+            ax.plot(*min(points, key=lambda point: point[1]), "o", markersize=11, color=INK[theme][3])
+        ax.set(xscale="log", xlabel="weight decay", ylabel="validation loss (nats per token)")
+        ticks = sorted({x for points in lines.values() for x, _ in points})
+        ax.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        ax.minorticks_off()
+        ax.legend()
+        return fig
+
+def draw_epochs(groups, theme):
+    """Validation loss over epochs: of the members of an ensemble, one by one, and of all together."""
+    runs = sorted((int(name[6:]), group["logs"][0]["done"]) for name, group in groups.items() if re.fullmatch(r"epochs\d+", name))
+    if runs:
+        fig, [[ax]] = figure(theme, 1, 4)
+        epochs = [n for n, _ in runs]
+        ax.plot(epochs, [np.mean([loss for loss, _ in done]) for _, done in runs], "o-", color=INK[theme][3], label="a single model, mean of the members")
+        ax.plot(epochs, [done[-1][1] for _, done in runs], "o-", color=INK[theme][2], label=f"{len(runs[0][1])} members together")
+        ax.set(xscale="log", xlabel="epochs", ylabel="validation loss (nats per token)")
+        ax.set_xticks(epochs, epochs)
+        ax.minorticks_off()
+        ax.legend()
+        return fig
+
+def draw_chain(groups, theme):
+    """Validation loss over the number of members, independent ones and a chain: of all together, and of the last one alone."""
+    if not {"chain4", "independent4"} - set(groups):
+        fig, [[ax]] = figure(theme, 1, 4)
+        for name, color in (("independent4", INK[theme][3]), ("chain4", INK[theme][2])):
+            done = np.mean([run["done"] for run in groups[name]["logs"]], axis=0)  # [members, (alone, together)]
+            members = range(1, len(done) + 1)
+            ax.plot(members, done[:, 0], "o:", color=color, label=f"{name[:-1]}: each alone")
+            ax.plot(members, done[:, 1], "o-", color=color, label=f"{name[:-1]}: together")
+        ax.set(xlabel="members", ylabel="validation loss (nats per token)", xticks=list(members))
+        ax.legend()
+        return fig
 
 if __name__ == "__main__":
     if sys.argv[1:] not in ([], ["--table"]):
