@@ -190,8 +190,8 @@ def check_config(c):
             f"--loop_first {c.loop_first} --loop_last {c.loop_last}: not a range of the model's layers 0 to {c.n_layer - 1}")
     require(c.dtype in ("auto", "bf16", "fp32"), f"--dtype {c.dtype}: choose auto, bf16 or fp32")
     for name in ("recall", "memory"):
-        lengths = getattr(c, name)
-        require(re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", lengths), f"--{name} {lengths}: write lengths of n-grams with commas between, such as 4,8,16")
+        value = getattr(c, name)
+        require(re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", value), f"--{name} {value}: write lengths of n-grams with commas between, such as 4,8,16")
     pair = r"(\d+\.?\d*|\.\d+):(\d+\.?\d*|\.\d+)"
     require(re.fullmatch(f"{pair}(,{pair})*", c.wd_points) and wd_points(c) == sorted(wd_points(c)),
             f"--wd_points {c.wd_points}: write fraction:multiple pairs in rising order, such as 0:1,0.5:0.1,1:1.5")

@@ -461,7 +461,7 @@ BAD_OPTIONS = [
     (["--loop_times", "1", "--loop_first", "2", "--loop_last", "1"], "--loop_first"),
     (["--loop_from", "1"], "--loop_from"), (["--window_grow", "1"], "--window_grow"), (["--window_pattern", "SXL"], "--window_pattern"), (["--dropout", "1.0"], "--dropout"), (["--dropout", "-0.1"], "--dropout"),
     (["--warmup", "0.5", "--warmdown", "0.6"], "--warmdown"), (["--epochs", "nan"], "--epochs"), (["--epochs", "0"], "--epochs"),
-    (["--muon_lr", "fast"], "--muon_lr"), (["--unet", "2"], "--unet"), (["--wd_points", "0.5:1,0:1"], "--wd_points"), (["--wd_points", "x"], "--wd_points"),
+    (["--muon_lr", "fast"], "--muon_lr"), (["--unet", "2"], "--unet"), (["--wd_points", "0.5:1,0:1"], "--wd_points"), (["--wd_points", "x"], "--wd_points"), (["--recall", "4,x"], "--recall"), (["--memory", "0"], "--memory"),
     (["--dtype", "fp8"], "--dtype"), (["--track", "nonesuch"], "--track"), (["--train_tokens", "40000"], "--train_tokens"),
     (["--nonesuch", "1"], "--nonesuch"), (["--steps", "0"], "--steps"), (["--attention", "varlen"], "--attention"), (["--seed", "-1"], "--seed"),
     (["--members", "0"], "--members"), (["--student", "depth=3", "--distill_alpha", "0.5"], "--student"), (["--student", "n_layer=2"], "--student"),
