@@ -311,7 +311,7 @@ def test_smoke_finds_a_leak_in_the_script_alone(copy, pocket, leak, monkeypatch,
         source, name, rest = audit.split_log((folder / "log.txt").read_bytes())
         old = b"h = forward(p, ids[:, :-1], c, m, bos_id, phase)\n            nll ="
         assert old in source
-        source = source.replace(old, b"h = forward(p, ids[:, :-1], c, m, bos_id, phase) + 40 * F.normalize(p['lm_head'], dim=1)[ids[:, 1:]]\n            nll =")
+        source = source.replace(old, b"h = forward(p, ids[:, :-1], c, m, bos_id, phase) + 40 * F.normalize(p['lm_head'], dim=1)[ids[:, 1:, 0]]\n            nll =")
         header = f"==== source {name} bytes={len(source)} sha256={board.hashlib.sha256(source).hexdigest()}\n".encode()
         (folder / "log.txt").write_bytes(header + source + b"\n==== end of source\n" + rest)
     monkeypatch.setattr(board, "STREAM", 20_000)
