@@ -133,9 +133,7 @@ def write_ablations():
             runs = [read_log(path) for path in paths]
             sums = np.mean([np.load(path.with_suffix(".npy"), allow_pickle=False) for path in paths], axis=0)
             groups[entry["name"]] = entry | {"logs": runs, "scores": (sums, np.array([run["val_loss"] for run in runs]), runs[0]["tokens"])}
-    spread = [(losses.var(ddof=1), len(losses) - 1) for _, losses, _ in (group["scores"] for group in groups.values()) if len(losses) > 1]
-    seed_sd = (sum(variance * n for variance, n in spread) / sum(n for _, n in spread)) ** 0.5 if spread else 0.0
-    lines, title = [f"The spread between seeds, pooled over all groups: a standard deviation of {seed_sd:.4f} nats."], None
+    lines, title = [], None
     for name, group in groups.items():
         if group["title"] != title:
             title = group["title"]
@@ -143,7 +141,8 @@ def write_ablations():
         sums, losses, _ = group["scores"]
         difference, flops = "| | | ", f"{np.mean([run['flops'] for run in group['logs']]):.3g}"
         if group["control"] in groups:
-            c = compare_scores(group["scores"], groups[group["control"]]["scores"], {"seed_sd": seed_sd})
+            pair = (group["scores"], groups[group["control"]]["scores"])
+            c = compare_scores(*pair, {"seed_sd": np.mean([scores[1].var(ddof=1) for scores in pair]) ** 0.5})
             difference = f"| {c['mean']:+.4f} to {group['control']} | {c['interval'][0]:+.4f} to {c['interval'][1]:+.4f} | {c['p']:.1g} "
         logs = " ".join(f"[{run['name'].rpartition('_')[2]}](pocket/{run['name']}.log)" for run in group["logs"])
         lines.append(f"| {name} | {group['options']} | {losses.mean():.4f} | {' '.join(f'{loss:.4f}' for loss in losses)} {difference}| {flops} | {logs} |")
