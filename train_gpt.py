@@ -1340,12 +1340,14 @@ def train_command(given, args):
     if run:
         c, meta, asked = read_run(run)
         vars(args).update({name: value for name, value in asked.items() if getattr(args, name) in (None, "auto")})
-        more = given.get("members", c.members)
-        require(more >= c.members and (more == c.members or not c.student),
-                f"--members {more}: the run has {c.members}{' and a student' if c.student else ''}; it can be given more members, before it has a student")
-        c = dataclasses.replace(c, members=more)
+        more, student = given.get("members", c.members), given.get("student", c.student)
+        require(more >= c.members and (more == c.members and student == c.student or not c.student),
+                f"--members {more} --student {student}: the run has {c.members}{' and its student' if c.student else ''}; "
+                "it can be given more members, or a student, before it has one")
+        c = dataclasses.replace(c, members=more, student=student)
+        check_config(c)
         finished = (run / "record.json").exists() and read_json(run / "record.json", lambda record: record["members"] == len(models(c)))
-        require(not finished, f"--resume {run}: this run is finished, its score is in record.json; --members with a larger number goes on with it")
+        require(not finished, f"--resume {run}: this run is finished, its score is in record.json; --members with a larger number goes on with it, and so does --student")
         m = setup_machine(c, args)
     else:
         c = make_config(given)
@@ -1404,7 +1406,7 @@ def parse_args(argv):
             dict(type=int, choices=(0, 1)) if f.type is bool else dict(type=f.type, metavar={int: "N", float: "X", str: "TEXT"}[f.type])))
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
-    unfit = [*(name for name in given if not (args.resume and name == "members")), *(name for name in ("run_dir", "steps") if getattr(args, name))]
+    unfit = [*(name for name in given if not (args.resume and name in ("members", "student"))), *(name for name in ("run_dir", "steps") if getattr(args, name))]
     require(not unfit or not (args.resume or args.score or args.sample), f"--{(unfit or [''])[0]}: a run keeps its own, leave it out")
     require(args.steps is None or args.steps > 0, f"--steps {args.steps}: must be 1 or more")
     require(not args.run_dir or not (args.run_dir / "config.json").exists(),

@@ -2,11 +2,12 @@
 Text -> token shards.
 
     python data/prepare.py pocket                 # the Python source of the installed torch, as bytes; no download
+    python data/prepare.py mini                   # the same source in GPT-2's tokens
+    python data/prepare.py fineweb                # 120M of FineWeb's GPT-2 tokens, from the Hugging Face Hub (400 MB)
     python data/prepare.py text FILE... [--tokenizer bytes|gpt2] [--out data/text]
 
-Both write train.bin, val.bin, test.bin and meta.json into one folder. data/README.md describes the format, the
-sources and their licences. Documents keep the order that the sha256 of their name gives: validation is cut from the
-front, test begins at the next document, training at the next document after that.
+Each writes train.bin, val.bin, test.bin and meta.json into one folder. data/README.md describes the format, the sources and
+their licences. Documents keep the order that the sha256 of their name gives (FineWeb's: the order of its shards).
 """
 import argparse
 import hashlib
@@ -24,15 +25,34 @@ MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256  # the header of llm.c and modded
 ROOT = Path(__file__).resolve().parent
 DOCUMENT_BYTES = 65536  # `text` cuts longer files into documents of this size, so that a single file can be split too
 
-# The corpus that every pocket run is compared on. sha256 of the shards made from the wheel of this torch release.
+TORCH = "2.13.0"  # the release whose Python source pocket and mini are
+
+# The corpus that every pocket run is compared on. sha256 of the shards made from the wheel of that release.
 POCKET = {
-    "torch": "2.13.0",
+    "tokenizer": "bytes",
     "tokens": {"val": 400_000, "test": 400_000, "train": 16_000_000},  # a record trains on the first 1M; baselines on more
     "sha256": {
         "val.bin": "f7b5c89e92282ce474befb7981eb92b7343db90f9d2702e8c4a3b07dfa6648f8",
         "test.bin": "3de5abe3f862ebe7d975bf788bff6dc797ffc4fa27a7f2cee31918d31c65151f",
         "train.bin": "7c8208d74b121773d947b3c99aad1f8c6091849cc130fcf80a50a90d51eea8fe",
     },
+}
+
+MINI = {
+    "tokenizer": "gpt2",
+    "tokens": {"val": 1_000_000, "test": 1_000_000, "train": 10_000_000},
+    "sha256": {
+        "val.bin": "54bbc7c539e133122107e14f4c56389295a8a123a8ce064fed021f0cb5dc2aaf",
+        "test.bin": "18392d52bf5547eaa27170a4ac16de99eb42253993466edf8478d7a1ee2c36cf",
+        "train.bin": "af5402d06a0b7316ccbff4f0d0ca700955005e85ed1a9599fd05b89572d0f654",
+    },
+}
+
+# Consecutive pieces of one stream: FineWeb's sample-10BT in its order, a BOS before each document.
+FINEWEB = {
+    "repo": "kjj0/fineweb10B-gpt2",
+    "files": ("fineweb_val_000000.bin", "fineweb_train_000001.bin"),
+    "tokens": {"val": 10_000_000, "train": 100_000_000, "test": 10_000_000},  # in this order; Slowrun's cut of the same stream, by construction
 }
 
 
@@ -124,8 +144,7 @@ def write_dataset(out, splits, tokenizer, source, expect=None):
     for name, digest in (expect or {}).items():
         if sha256[name] != digest:
             raise DataError(f"{source} gives a {name} with sha256 {sha256[name][:16]}..., not {digest[:16]}...: its files "
-                            "differ from the released wheel; reinstall it with pip install --force-reinstall "
-                            f"torch=={POCKET['torch']}")
+                            f"differ from the released wheel; reinstall it with pip install --force-reinstall torch=={TORCH}")
     meta = {
         "tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "bos_id": encoding.eot_token, "source": source,
         "tokens": {name: len(tokens) for name, tokens in splits.items()},
@@ -144,23 +163,85 @@ def write_dataset(out, splits, tokenizer, source, expect=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # sources
 
-def prepare_pocket(out=ROOT / "pocket"):
-    """The .py files of the pinned torch wheel as bytes. Only files that the wheel lists, without torch/version.py
-    (the one that differs between the CPU, CUDA and macOS builds)."""
+def prepare_torch(name, recipe, out):
+    """The .py files of the pinned torch wheel, as the dataset `name`. Only files that the wheel lists, without torch/version.py
+    (the one that differs between the CPU, CUDA and macOS builds). Validation is cut from the front, test begins at the next
+    document, training at the next document after that."""
     try:
         wheel = importlib.metadata.distribution("torch")
     except importlib.metadata.PackageNotFoundError:
-        raise DataError(f"pocket is the Python source of torch {POCKET['torch']}: pip install torch=={POCKET['torch']}")
-    if wheel.version.split("+")[0] != POCKET["torch"]:
-        raise DataError(f"pocket is the Python source of torch {POCKET['torch']}, this is torch {wheel.version}: "
-                        f"pip install torch=={POCKET['torch']}, or copy data/pocket from a machine that has it")
+        raise DataError(f"{name} is the Python source of torch {TORCH}: pip install torch=={TORCH}")
+    if wheel.version.split("+")[0] != TORCH:
+        raise DataError(f"{name} is the Python source of torch {TORCH}, this is torch {wheel.version}: "
+                        f"pip install torch=={TORCH}, or copy data/{name} from a machine that has it")
     files = {f.as_posix(): f for f in wheel.files or []
              if f.suffix == ".py" and f.parts[0] in ("torch", "torchgen", "functorch") and f.as_posix() != "torch/version.py"}
-    names = sorted(files, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
-    encoding = get_encoding("bytes")
-    splits = encode_documents(names, lambda name: encoding.encode_ordinary(files[name].locate().read_bytes().decode("utf-8")),
-                              encoding.eot_token, POCKET["tokens"], "pocket")
-    write_dataset(out, splits, "bytes", f"the Python source of torch {POCKET['torch']}", POCKET["sha256"])
+    names = sorted(files, key=lambda path: hashlib.sha256(path.encode()).hexdigest())
+    encoding = get_encoding(recipe["tokenizer"])
+    splits = encode_documents(names, lambda path: encoding.encode_ordinary(files[path].locate().read_bytes().decode("utf-8")),
+                              encoding.eot_token, recipe["tokens"], name)
+    write_dataset(out, splits, recipe["tokenizer"], f"the Python source of torch {TORCH}", recipe["sha256"])
+
+
+def prepare_pocket(out=ROOT / "pocket"):
+    """What train_gpt.py calls where the pocket track's shards are missing."""
+    prepare_torch("pocket", POCKET, out)
+
+
+def fetch(repo, file, path):
+    """Download a file of a Hub dataset to `path`, or the rest of it where a part is there already. Returns the commit it is of.
+    huggingface-hub's own cache would begin anew after a kill."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url  # takes a second to import, and reads HF_ENDPOINT, HF_HUB_OFFLINE
+    from huggingface_hub.file_download import http_get
+    try:
+        remote = get_hf_file_metadata(hf_hub_url(repo, file, repo_type="dataset"))
+        with open(path, "ab") as f:
+            have = f.tell() if f.tell() <= remote.size else f.truncate(0)
+            http_get(remote.location, f, resume_size=have, expected_size=remote.size, displayed_filename=file)
+    except Exception as e:  # a network has many ways to fail, and huggingface-hub passes them all on
+        reason = (str(e).splitlines() or [""])[0][:150]
+        raise DataError(f"{file} of {repo}: not fetched ({type(e).__name__}: {reason}). What has come so far is kept in {path.parent}: connect to the "
+                        "internet and run this again, or copy a prepared data/fineweb from a machine that has it")
+    with open(path, "rb") as f:
+        if hashlib.file_digest(f, "sha256").hexdigest() != remote.etag:  # of large files, that is what the Hub's etag is
+            path.unlink()
+            raise DataError(f"{file} of {repo}: came damaged, its sha256 is not the one that the Hub states; deleted, run this again")
+    return remote.commit_hash
+
+
+def read_shard(path, vocab_size):
+    """Token ids of a shard, uint16 [n]."""
+    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    tokens = np.fromfile(path, dtype="<u2", offset=4 * HEADER_INTS)
+    if len(header) < HEADER_INTS or tuple(header[:3]) != (MAGIC, VERSION, len(tokens)) or not len(tokens) or tokens.max() >= vocab_size:
+        raise DataError(f"{path}: not a shard of GPT-2 tokens, though it is what the Hub holds")
+    return tokens
+
+
+def cut_stream(tokens, bos_id, counts):
+    """Consecutive splits of one stream of documents, each but the first from the next BOS on. counts: {split: n}, in the stream's order."""
+    splits, at, starts = {}, 0, np.flatnonzero(tokens == bos_id)
+    for split, n in counts.items():
+        if splits:
+            later = starts[np.searchsorted(starts, at):]
+            at = int(later[0]) if len(later) else len(tokens)
+        splits[split] = tokens[at:at + n]
+        at += n
+        if len(splits[split]) < n:
+            raise DataError(f"the stream ends {n - len(splits[split]):,} tokens before {split} is full")
+    return splits
+
+
+def prepare_fineweb(out):
+    """The first 120M tokens of FineWeb, as far as a split that ends in the middle of a document leaves its rest out."""
+    encoding = get_encoding("gpt2")
+    out.mkdir(parents=True, exist_ok=True)
+    shards = [out / file for file in FINEWEB["files"]]
+    commits = [fetch(FINEWEB["repo"], path.name, path) for path in shards]
+    stream = np.concatenate([read_shard(path, encoding.n_vocab) for path in shards])
+    write_dataset(out, cut_stream(stream, encoding.eot_token, FINEWEB["tokens"]), "gpt2", f"{FINEWEB['repo']}, commit {commits[-1]}")
+    for path in shards:
+        path.unlink()
 
 
 def prepare_text(paths, tokenizer="bytes", out=ROOT / "text", holdout=0.05):
@@ -195,6 +276,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest="source", required=True)
     sub.add_parser("pocket", help="the Python source of the installed torch, as bytes")
+    sub.add_parser("mini", help="the same source in GPT-2's tokens")
+    sub.add_parser("fineweb", help="120M tokens of FineWeb, downloaded from the Hugging Face Hub")
     text = sub.add_parser("text", help="your own UTF-8 text files")
     text.add_argument("files", nargs="+", metavar="FILE")
     text.add_argument("--tokenizer", default="bytes", choices=["bytes", "gpt2"])
@@ -204,6 +287,10 @@ def main(argv=None):
     try:
         if args.source == "pocket":
             prepare_pocket()
+        elif args.source == "mini":
+            prepare_torch("mini", MINI, ROOT / "mini")
+        elif args.source == "fineweb":
+            prepare_fineweb(ROOT / "fineweb")
         else:
             prepare_text(args.files, args.tokenizer, args.out, args.holdout)
     except (DataError, OSError) as e:

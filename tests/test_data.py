@@ -222,14 +222,22 @@ def test_shard_is_what_llm_c_writes(tiny_data):
     assert (t.read_shard(tiny_data / "train.bin", 257, meta["sha256"]["train.bin"]) == tokens_of(tiny_data / "train.bin")).all()
 
 
-def test_pocket_is_the_same_everywhere(tmp_path):
-    """The shards of the pinned torch release have the hashes that prepare.py holds; write_dataset refuses any other."""
+needs_gpt2 = pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR names no folder with GPT-2's vocabulary, and tests fetch nothing")
+
+
+@pytest.mark.parametrize("name", ["pocket", pytest.param("mini", marks=needs_gpt2)])
+def test_the_torch_source_is_the_same_everywhere(tmp_path, monkeypatch, name):
+    """The shards of the pinned torch release have the hashes that prepare.py and tracks.json hold; write_dataset refuses any other."""
     import importlib.metadata
-    if importlib.metadata.version("torch").split("+")[0] != prepare.POCKET["torch"]:
-        pytest.skip(f"pocket is made from torch {prepare.POCKET['torch']}, this is {importlib.metadata.version('torch')}")
-    prepare.prepare_pocket(tmp_path / "pocket")
-    meta = json.loads((tmp_path / "pocket" / "meta.json").read_text())
-    assert meta["sha256"] == prepare.POCKET["sha256"] and meta["tokens"] == prepare.POCKET["tokens"]
+    if importlib.metadata.version("torch").split("+")[0] != prepare.TORCH:
+        pytest.skip(f"{name} is made from torch {prepare.TORCH}, this is {importlib.metadata.version('torch')}")
+    monkeypatch.setattr(prepare, "ROOT", tmp_path)
+    prepare.prepare_pocket(tmp_path / name) if name == "pocket" else prepare.main(["mini"])
+    recipe = {"pocket": prepare.POCKET, "mini": prepare.MINI}[name]
+    meta = json.loads((tmp_path / name / "meta.json").read_text())
+    track = json.loads((prepare.Path(t.HERE) / "records" / "tracks.json").read_text())["datasets"][name]
+    assert meta["sha256"] == recipe["sha256"] == track["sha256"] and meta["tokens"] == recipe["tokens"]
+    assert (meta["text_bytes"]["val"], meta["text_bytes"]["test"], meta["vocab_size"]) == (track["val_bytes"], track["test_bytes"], track["vocab_size"])
 
 
 def test_changed_source_is_noticed_before_anything_is_written(tmp_path):
@@ -270,7 +278,7 @@ def test_bad_text_is_one_line(tmp_path, capsys, content, options, message):
     assert status == 2 and message in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR names no folder with GPT-2's vocabulary, and tests fetch nothing")
+@needs_gpt2
 def test_gpt2_tokens(tmp_path, capsys):
     """The same shards with GPT-2's vocabulary."""
     e = prepare.get_encoding("gpt2")

@@ -366,6 +366,17 @@ def test_the_student_alone_is_scored(chain):
     assert float(bags[-1]) == pytest.approx(512 * 51 / 20_000, rel=0.02)
 
 
+def test_a_student_can_come_later(tiny_data, chain, cli, tmp_path):
+    """Members first, their student by a later command: the same as both at once, and no member after it."""
+    run = finish(tiny_data, tmp_path / "run", CHAIN | {"student": ""})
+    assert json.loads((run / "record.json").read_text())["scored"] == 3
+    assert cli("--resume", run, "--student", "distill_alpha=0", *PLAIN)[0] == 2  # it would learn nothing
+    assert cli("--resume", run, "--student", CHAIN["student"], *PLAIN)[0] == 0
+    assert (run / "val_nll.npy").read_bytes() == (chain / "val_nll.npy").read_bytes()
+    assert cli("--resume", run, "--members", 4, *PLAIN)[0] == 2
+    assert cli("--resume", run, "--student", "distill_alpha=0.5", *PLAIN)[0] == 2
+
+
 def test_alpha_zero_is_independent_members(tiny_data, cli, tmp_path):
     """Off means off: with alpha 0 the second member is the run of its seed."""
     for name, changes in (("two", dict(members=2)), ("alone", dict(seed=1000))):
