@@ -19,6 +19,7 @@ START = time.monotonic()  # the track's clock starts before the imports, which t
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import io
 import json
@@ -1090,11 +1091,16 @@ def sample(run, c, m, meta, recall, prompt, n_tokens, temperature=0.8):
 # ---- training ---------------------------------------------------------------------------------------------------------
 
 class Log:
-    """log.txt and the terminal, on rank 0. A run that goes on cuts off what was logged after its checkpoint: it reads as one."""
+    """log.txt and the terminal, on rank 0. A run that goes on cuts off what was logged after its checkpoint: it reads as one. The file is
+    locked: two processes would spoil each other's run."""
     def __init__(self, run, m, length=0):
         self.file, self.shown = None, -math.inf
         if m.rank == 0:
             self.file = open(run / "log.txt", "ab")
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Stop(f"--resume {run}: another process is at work on this run; wait for it, or stop it first")
             self.file.truncate(length)
 
     def __call__(self, line, show=True, pause=0.0):

@@ -148,26 +148,6 @@ def test_killed_runs_end_as_if_they_had_not_been(tiny_data, finished_run, tmp_pa
     assert_same_end(run, finished_run)
 
 
-def test_kills_at_random_with_dropout(tiny_data, tmp_path):
-    """Ten kills over one run, and what is dropped is drawn again the same way."""
-    recipe = TINY | dict(dropout=0.2, token_drop=0.2, layer_drop=0.2, epochs=3.0)
-    undisturbed, run, rng = tmp_path / "undisturbed", tmp_path / "run", random.Random(0)
-    assert start(tiny_data, undisturbed, recipe=recipe).wait(120) == 0
-    process = start(tiny_data, run, recipe=recipe)
-    for _ in range(10):
-        before = len(t.saved(run, "state")) and t.saved(run, "state")[-1].name
-        while process.poll() is None and not (t.saved(run, "state") and t.saved(run, "state")[-1].name != before):
-            time.sleep(0.005)
-        time.sleep(rng.random() * 0.1)
-        process.kill()
-        process.wait()
-        if (run / "record.json").exists():
-            break
-        process = subprocess.Popen([sys.executable, "train_gpt.py", "--resume", str(run), *PLAIN], cwd=ROOT, stdout=subprocess.DEVNULL)
-    process.wait(120)
-    assert_same_end(run, undisturbed)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_saves_first(tiny_data, finished_run, tmp_path, number):
     """No checkpoint but the one that the signal causes; then on to the same end."""
@@ -181,6 +161,19 @@ def test_asked_to_stop_saves_first(tiny_data, finished_run, tmp_path, number):
     assert resume(run).returncode == 0
     for name, w in weights(finished_run).items():
         assert torch.equal(weights(run)[name], w)
+
+
+def test_two_processes_on_one_run(tiny_data, finished_run, tmp_path):
+    """The second is refused, and the first does not notice."""
+    run = tmp_path / "run"
+    process = start(tiny_data, run)
+    wait_for(run, lambda: (run / "log.txt").exists() and "\nstep 3/" in (run / "log.txt").read_text(), process)
+    os.kill(process.pid, signal.SIGSTOP)
+    second = resume(run)
+    os.kill(process.pid, signal.SIGCONT)
+    assert second.returncode == 2 and second.stderr.count("\n") == 1 and "another process" in second.stderr
+    assert process.wait(60) == 0
+    assert_same_end(run, finished_run)
 
 
 def stop_after(tiny_data, run, steps, **changes):
@@ -321,6 +314,43 @@ def test_a_killed_chain_ends_as_if_it_had_not_been(tiny_data, chain, tmp_path, w
     assert_same_end(run, chain)
     kept = list(before.items())[:1 if when == "between two" else 2]  # killed between two, the newest is saved once more, as it was
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in kept) and set(before) <= set(t.saved(run, "weights"))
+
+
+KILLS = """if True:
+    import os, pathlib, random, signal, sys, time
+    import train_gpt as t  # once: a process forked from here begins in no time
+    run, rng, killed = pathlib.Path(sys.argv[1]), random.Random(0), []
+    def lines():
+        return (run / "log.txt").read_bytes().count(b"\\n") if (run / "log.txt").exists() else 0
+    while True:
+        child = os.fork()
+        if not child:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.argv = ["train_gpt.py", *(["--resume", str(run)] if (run / "config.json").exists() else sys.argv[2:]), "--device", "cpu", "--compile", "off"]
+            t.main()
+            os._exit(0)
+        enough, done = lines() + rng.randrange(2, 11), 0
+        while len(killed) < 30 and not done and lines() < enough:
+            done = os.waitpid(child, os.WNOHANG)[0]
+            time.sleep(0.0005)
+        if len(killed) == 30 or done:
+            sys.exit(0 if done else os.waitpid(child, 0)[1])
+        time.sleep(rng.random() * 0.05)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        killed.append(lines())
+        print(*sorted({path.name.split(".")[0] for path in run.glob("*-*.pt")}), flush=True)
+"""
+
+
+def test_thirty_kills_over_a_chain(tiny_data, chain, tmp_path):
+    """SIGKILL at random instants of three members and their student: training, checkpoints, what lies between two models."""
+    run = tmp_path / "run"
+    done = subprocess.run([sys.executable, "-c", KILLS, str(run), *options(**CHAIN, data=tiny_data), "--run_dir", str(run)], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    seen = done.stdout.splitlines()
+    assert done.returncode == 0 and len(seen) == 30, done.stderr
+    assert len(set(seen)) > 10 and sum("weights-0000001" in line for line in seen) > 2  # it came forward, and was killed late, too
+    assert_same_end(run, chain)
 
 
 def test_two_ranks_train_the_same_chain(tiny_data, chain, tmp_path):
