@@ -63,7 +63,7 @@ def require(holds, message):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A recipe. The defaults are the pocket track's, tuned there (rates, batch, context: short runs of one seed); PRESETS has the others."""
+    """A recipe. The defaults are a plain model, tuned on pocket's data (rates, batch, context: short runs of one seed); PRESETS has the tracks'."""
     track: str = "pocket"
     data: str = "pocket"           # a folder of data/ beside this script, or a path with a slash in it
     train_tokens: int = 1_000_000  # the budget: the loader shows no token beyond the first so many
@@ -89,8 +89,6 @@ class Config:
     loop_from: float = 0.5         # ... from this fraction of training on
     # regularization
     dropout: float = 0.0           # of what each attention and each MLP adds to the residual stream
-    token_drop: float = 0.0        # chance that an input token is hidden: its embedding is zero
-    layer_drop: float = 0.0        # stochastic depth: chance that a sequence skips the last layer, less for earlier ones
     # learning more from the same tokens
     members: int = 1               # models trained one after the other, each from its own seed; their probabilities are averaged
     distill_alpha: float = 0.0     # chain distillation: from the second member on, this share of the loss is KL to the member before
@@ -146,9 +144,12 @@ FINEWEB = dict(
 DEEP = FINEWEB | dict(n_layer=30, n_embd=1792, n_head=14, mlp_hidden=4864, epochs=18, muon_lr=0.01, weight_decay=1.3,
                       loop_first=15, loop_last=24, loop_times=2, loop_from=0.5)
 
-PRESETS = {  # shapes and recipes of the FineWeb tracks: the published Slowrun records of 2026-07, in this script's terms
-    "pocket": {},
-    "pocket_unlimited": {},
+COPIES = dict(recall="1,2,3,4,5,6,8,12,16,24,32", memory="3,4,5,6,8,12,16,24", distill_alpha=0.4)
+
+PRESETS = {  # the FineWeb tracks': shapes and recipes of the published Slowrun records of 2026-07, in this script's terms
+    "pocket": COPIES | dict(n_embd=128, mlp_hidden=352, muon_lr=0.03, weight_decay=0.4, epochs=2.0, members=2,
+                            bag_size=2, bag_until=0.15, loop_first=1, loop_last=2, loop_times=1, loop_from=0.7),
+    "pocket_unlimited": COPIES | dict(weight_decay=0.25, epochs=6.0, members=3),
     "mini": dict(data="mini", train_tokens=10_000_000, n_layer=12, n_embd=512, n_head=4, mlp_hidden=1408, seq_len=1024,
                  window_short=512, batch_tokens=65_536, device_tokens=65_536, loss_chunk=8192, dropout=0.1, weight_decay=0.8,
                  epochs=10, probe_tokens=262_144, save_every=500),
@@ -160,7 +161,7 @@ PRESETS = {  # shapes and recipes of the FineWeb tracks: the published Slowrun r
 
 def check_config(c):
     """Refuse what cannot be trained, before anything is loaded."""
-    below_one = {"dropout", "token_drop", "layer_drop", "loop_from", "window_grow", "bag_until", "ema", "cycle_from", "holdout"}  # at 1 nothing would be left, or the phase never come
+    below_one = {"dropout", "loop_from", "window_grow", "bag_until", "ema", "cycle_from", "holdout"}  # at 1 nothing would be left, or the phase never come
     zero_is_fine = {"seed", "loop_first", "loop_last", "loop_times", "probes", "cycles"}
     not_fractions = {"softcap", "epochs", "muon_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "warmdown_power", "final_lr",
                      "distill_temp", "mtp_weight", "cycle_lr"}
@@ -592,9 +593,8 @@ def attention(q, k, v, mask, impl):
         y = F.scaled_dot_product_attention(q_blocks, k, v, attn_mask=mask)
     return y.transpose(1, 2).reshape(q.shape)
 
-def block(x, x0, w, cos, sin, mask, impl, n_head, keep, dropout):
-    """One layer. x, x0 [B, T, D]; w: this layer's slice of every bank; keep: None, or [B, 1, 1], what stochastic depth
-    multiplies each sequence's update by."""
+def block(x, x0, w, cos, sin, mask, impl, n_head, dropout):
+    """One layer. x, x0 [B, T, D]; w: this layer's slice of every bank."""
     B, T, D = x.shape
     if "mix" in w:
         x = w["mix"][0] * x + w["mix"][1] * x0
@@ -614,26 +614,23 @@ def block(x, x0, w, cos, sin, mask, impl, n_head, keep, dropout):
     if "gates" in w and len(w["gates"]) > value_proj:
         y = y * gates[:, :, -1]
     y = F.dropout(F.linear(y.reshape(B, T, D), w["attn"][3]), dropout, training=dropout > 0)
-    x = x + (y if keep is None else y * keep)
+    x = x + y
     gate, up = F.linear(norm(x), w["mlp_in"].flatten(0, 1)).chunk(2, dim=-1)
     y = F.dropout(F.linear(F.silu(gate) * up, w["mlp_out"]), dropout, training=dropout > 0)
-    return x + (y if keep is None else y * keep)
+    return x + y
 
 def layer_window(c, i, long_window):
     short = c.window_pattern[i % len(c.window_pattern)] == "S" and i < c.n_layer - 1
     return c.window_short if short else long_window
 
-def forward(p, inputs, c, m, bos_id, phase, drop=None, compiled=False):
+def forward(p, inputs, c, m, bos_id, phase, training=False, compiled=False):
     """Hidden states [B, T, D] of inputs [B, T * bag, 1 + recalled(c)] (see Recall), normalized, ready for the head. phase: the layers to run, in order, the long
-    window, and the size of a bag (see schedules). drop: None to score; in training a torch.Generator on the CPU that decides
-    which tokens are hidden and which sequences skip which layers (dropout draws from torch's own)."""
+    window, and the size of a bag (see schedules). training: with dropout, drawn from torch's own generator."""
     layers, long_window, bag = phase
     tokens = inputs[..., 0]
     x, starts = F.embedding(tokens, p["wte"]), tokens == bos_id
     for k, table in enumerate(p["recall"].unbind(0) if "recall" in p else ()):
         x = x + F.embedding(inputs[..., 1 + k].clamp_max(len(table) - 1), table)
-    if c.token_drop and drop is not None:
-        x = x * (torch.rand(tokens.shape, generator=drop) >= c.token_drop).to(m.device)[..., None]
     if bag > 1:  # the mean over those tokens of a bag that belong to its last document
         bags = starts.unflatten(1, (-1, bag))
         begun = bags.cumsum(2)
@@ -645,7 +642,7 @@ def forward(p, inputs, c, m, bos_id, phase, drop=None, compiled=False):
     masks = attention_masks(starts, sorted(set(windows)), m.attention, m.dtype)
     # every bank is cast and taken apart once per pass, not once per use
     banks = {name: p[name].to(m.dtype).unbind(0) for name in p if name not in ("wte", "lm_head", "recall", "skip", "mtp")}
-    dropout = c.dropout if drop is not None else 0.0
+    dropout = c.dropout if training else 0.0
     run_block = m.block if compiled else block  # scoring comes in all shapes, not worth compiling
     x = x0 = norm(x.to(m.dtype))
     skips = {}
@@ -653,12 +650,7 @@ def forward(p, inputs, c, m, bos_id, phase, drop=None, compiled=False):
         mirror = c.n_layer - 1 - i
         if "skip" in p and mirror in skips:
             x = x + p["skip"][mirror] * skips[mirror]
-        keep = None
-        if c.layer_drop and drop is not None:
-            chance = c.layer_drop * i / max(1, c.n_layer - 1)
-            keep = ((torch.rand(B, 1, 1, generator=drop) >= chance) / max(1 - chance, 1e-6)).to(m.device, m.dtype)
-        x = run_block(x, x0, {name: bank[i] for name, bank in banks.items()}, cos, sin, masks[window], m.attention,
-                      c.n_head, keep, dropout)
+        x = run_block(x, x0, {name: bank[i] for name, bank in banks.items()}, cos, sin, masks[window], m.attention, c.n_head, dropout)
         if i < c.n_layer // 2:
             skips[i] = x
     return norm(x)
@@ -1126,15 +1118,14 @@ def hardware(m):
 def train_pass(p, x, y, n_targets, c, m, bos_id, phase, seed, teachers=()):
     """Forward and backward of one micro-batch; gradients add up in p[name].grad. teachers: (Config, weights) of each model that
     this one learns from. Returns its part of the mean loss."""
-    number = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    torch.manual_seed(number)  # what is dropped depends on the step alone, so a resumed run repeats it
+    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))  # what is dropped depends on the step alone, so a resumed run repeats it
     x, y = x.to(m.device, non_blocking=True), y.to(m.device, non_blocking=True)
     taught = []
     with torch.no_grad():
         for t, p_t in teachers:
             h = forward(p_t, x, t, m, bos_id, phase_schedule(1.0, t), compiled=True)
             taught.append((h.flatten(0, 1), p_t["lm_head"].to(h.dtype), -math.log(len(teachers))))
-    h = forward(p, x, c, m, bos_id, phase, drop=torch.Generator().manual_seed(number), compiled=True)
+    h = forward(p, x, c, m, bos_id, phase, training=True, compiled=True)
     loss = objective(h.flatten(0, 1), p["lm_head"], y.flatten(0, 1), c, m, 1 / n_targets, tuple(taught))
     if "mtp" in p:
         later = F.pad(y[:, 1:], (0, 0, 0, 1), value=-1)
@@ -1405,10 +1396,10 @@ def parse_args(argv):
     parser.add_argument("--steps", type=int, metavar="N", help="squeeze a new run into N steps: a trial, never a record")
     for name, choices in (("device", "auto cpu cuda"), ("attention", "auto varlen flex sdpa"), ("compile", "auto on off")):
         parser.add_argument(f"--{name}", default="auto", choices=choices.split())
-    recipe = parser.add_argument_group("recipe (the fields of Config, with the pocket track's defaults)")
+    recipe = parser.add_argument_group("recipe (the fields of Config, with the pocket track's values)")
     comments = dict(re.findall(r"^    (\w+): \w+ = [^#\n]*# (.*)$", SOURCE.decode(), re.MULTILINE))
     for f in dataclasses.fields(Config):
-        recipe.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{comments.get(f.name, '')} [{f.default}]", **(
+        recipe.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{comments.get(f.name, '')} [{PRESETS['pocket'].get(f.name, f.default)}]", **(
             dict(type=int, choices=(0, 1)) if f.type is bool else dict(type=f.type, metavar={int: "N", float: "X", str: "TEXT"}[f.type])))
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}

@@ -14,6 +14,7 @@ from data import prepare  # noqa: E402
 # a model small enough that a run takes seconds, with every kind of layer in it
 TINY = dict(n_layer=3, n_embd=32, n_head=2, mlp_hidden=48, seq_len=64, window_short=24, window_pattern="SL", batch_tokens=512,
             device_tokens=256, loss_chunk=100, train_tokens=20_000, epochs=1.0, probes=2, probe_tokens=1000, save_every=5, dtype="fp32")
+TINY = {name: getattr(t.Config, name) for name in t.PRESETS["pocket"]} | TINY  # what the track's preset changes is changed back
 
 
 def options(**values):

@@ -259,7 +259,7 @@ def test_xsa_takes_out_the_tokens_own_value(params, machine):
         x0 = torch.randn(1, 30, c.n_embd, device=machine.device)
         cos, sin = t.rope_tables(30, c.n_embd // 2, machine.device, torch.float32)
         masks = t.attention_masks(torch.zeros(1, 30, dtype=torch.bool, device=machine.device), [30], machine.attention, torch.float32)
-        y = (t.block(x0, x0, w, cos, sin, masks[30], machine.attention, 2, None, 0.0) - x0).view(1, 30, 2, -1)
+        y = (t.block(x0, x0, w, cos, sin, masks[30], machine.attention, 2, 0.0) - x0).view(1, 30, 2, -1)
     (before, v), = seen
     assert (y * v).sum(-1).abs().max() < 1e-3 * (before * v).sum(-1).abs().max()
     torch.testing.assert_close(y + (before * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True) * v, before, rtol=1e-3, atol=1e-4)
@@ -324,43 +324,16 @@ def test_what_is_recalled_is_added_to_the_embedding(params, machine):
 
 
 def test_dropout_only_in_training(params, machine):
-    c, noisy, x = config(), config(dropout=0.3, token_drop=0.5, layer_drop=0.9), random_tokens(8, 64, device=machine.device)
+    c, noisy, x = config(), config(dropout=0.3), random_tokens(8, 64, device=machine.device)
     p, phase = params(c), t.phase_schedule(1.0, c)
     plain = forward(p, x, c, machine, BOS, phase)
     assert torch.equal(forward(p, x, noisy, machine, BOS, phase), plain)  # scoring
-    assert torch.equal(forward(p, x, c, machine, BOS, phase, drop=torch.Generator()), plain)  # off is off
+    assert torch.equal(forward(p, x, c, machine, BOS, phase, training=True), plain)  # off is off
     outputs = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        outputs.append(forward(p, x, config(dropout=0.3), machine, BOS, phase, drop=torch.Generator()))
+        outputs.append(forward(p, x, noisy, machine, BOS, phase, training=True))
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2]) and not torch.equal(outputs[0], plain)
-
-
-def test_token_drop_is_a_token_without_embedding(params, machine):
-    c, x = config(), random_tokens(4, 64, device=machine.device)
-    p, phase = params(c), t.phase_schedule(1.0, c)
-    hidden = torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < 0.3
-    assert 0.2 < hidden.float().mean() < 0.4
-    with_nothing = dict(p, wte=torch.cat([p["wte"], torch.zeros_like(p["wte"][:1])]))  # one more token, of zeros
-    expected = forward(with_nothing, torch.where(hidden.to(x.device), len(p["wte"]), x), c, machine, BOS, phase)
-    y = forward(p, x, config(token_drop=0.3), machine, BOS, phase, drop=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(y, expected)
-
-
-def test_layer_drop_skips_whole_layers(params, machine):
-    """The last of two layers at one half: each sequence either skips it, or gets its update twice as large."""
-    c, x = config(n_layer=2, unet=False), random_tokens(16, 64, device=machine.device)
-    p, phase = params(c), t.phase_schedule(1.0, c)
-
-    def last_layer_times(factor):
-        q = dict(p, attn=p["attn"].clone(), mlp_out=p["mlp_out"].clone())
-        q["attn"][1, 3] *= factor
-        q["mlp_out"][1] *= factor
-        return forward(q, x, c, machine, BOS, phase)
-    skipped, doubled = last_layer_times(0), last_layer_times(2)
-    y = forward(p, x, config(n_layer=2, unet=False, layer_drop=0.5), machine, BOS, phase, drop=torch.Generator().manual_seed(0))
-    is_skipped, is_doubled = (torch.isclose(y, z, atol=1e-4).all(-1).all(-1) for z in (skipped, doubled))
-    assert (is_skipped ^ is_doubled).all() and is_skipped.any() and is_doubled.any()
 
 
 def test_first_loss_is_uniform(machine):
