@@ -1,0 +1,93 @@
+"""--dry_run against PyTorch's own counter and against measured runs."""
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import train_gpt as t
+from conftest import ROOT, TINY, options
+
+# a stack of layers in `limited`'s proportions, looped, small enough for a minute on a CPU; 0.5 to 1 GB
+STACK = dict(track="limited", data="pocket", n_layer=5, n_embd=448, n_head=7, mlp_hidden=1216, seq_len=512, window_short=128, device_tokens=2048,
+             batch_tokens=4096, loss_chunk=512, loop_first=2, loop_last=3, loop_times=1, dtype="fp32", dropout=0.0)
+VOCAB = 8000
+
+MEASURE = f"""if True:
+    import sys, pathlib
+    sys.path.insert(0, {str(ROOT)!r})
+    import torch, train_gpt as t
+    def status(name):
+        return 1024 * next(int(line.split()[1]) for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    c = t.make_config({STACK})
+    torch.set_num_threads(1)
+    m, phase = t.Machine(torch.device("cpu"), torch.float32), t.phase_schedule(1.0, c)
+    t.set_compiled(m, sys.argv[1])
+    x = torch.randint({VOCAB} - 1, (c.device_tokens // c.seq_len, c.seq_len, 1))
+    def step(p, passes):
+        for _ in range(passes):
+            t.train_pass(p, x, x.clone(), 1, c, m, {VOCAB} - 1, phase, (0,))
+    def params():
+        return {{name: w.requires_grad_() for name, w in t.init_params(c, {VOCAB}).items()}}
+    step(params(), 1)  # whatever is loaded or compiled at the first use
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before, p = status("VmRSS"), params()
+    optimizer = t.MuonAdamW(p, c, m)
+    step(p, 2)
+    optimizer.step(0, 1.0, 1.0, 0.95)
+    print(status("VmHWM") - before)
+"""
+
+
+def predicted(compiled):
+    c = t.make_config(STACK)
+    m = t.Machine(torch.device("cpu"), torch.float32, attention="sdpa", block=t.block, objective_chunk=t.objective_chunk, compiled=compiled)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return t.step_memory(c, [], t.phase_schedule(1.0, c), VOCAB, m)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel does not tell a process's peak memory here")
+@pytest.mark.parametrize("compiled, tolerance", [("off", 0.05), ("on", 0.05)])
+def test_memory_is_that_of_a_measured_run(compiled, tolerance):
+    kinds = predicted(compiled == "on")
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # what is freed leaves the process
+    done = subprocess.run([sys.executable, "-c", MEASURE, compiled], capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    assert done.returncode == 0, done.stderr
+    print(compiled, kinds, done.stdout)
+    assert kinds["peak"] == pytest.approx(int(done.stdout), rel=tolerance)
+
+
+def test_kinds_of_memory():
+    eager, compiled = predicted(False), predicted(True)
+    n = sum(w.numel() for w in t.init_params(t.make_config(STACK), VOCAB).values())
+    assert eager["weights"] == eager["gradients"] == 4 * n and compiled["activations"] < 0.95 * eager["activations"]
+    assert sum(size for kind, size in eager.items() if kind != "peak") <= eager["peak"] <= 1.2 * sum(size for kind, size in eager.items() if kind != "peak")
+
+
+def dry_run(*argv):
+    done = subprocess.run([sys.executable, "train_gpt.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_flops_are_those_of_the_record(tiny_data, finished_run):
+    status, out, _ = dry_run("--dry_run", *options(**TINY, data=tiny_data))
+    record = json.loads((finished_run / "record.json").read_text())
+    assert status == 0 and re.search(r"^(\S+) FLOPs in all", out, re.MULTILINE)[1] == f"{record['train_flops']:.4g}"
+    assert f"{record['steps']:,} steps" in out and f"{record['parameters']:,} parameters" in out
+
+
+@pytest.mark.parametrize("track", [name for name in t.PRESETS if name != "pocket"])
+def test_every_preset(track, tmp_path):
+    """Without its data, on as many GPUs as its track allows."""
+    n = 1 if "pocket" in track or track == "mini" else 64 if track == "unlimited" else 8
+    status, out, err = dry_run("--track", track, "--dry_run", "--data", f"{tmp_path}/none")
+    assert status == 0 and not err and f"on {n} " in out and ("a card of 80 GB holds" in out) == ("pocket" not in track), out + err
+
+
+def test_what_cannot_be_divided_is_one_line():
+    status, out, err = dry_run("--track", "tiny", "--dry_run", 7)
+    assert (status, out, err.count("\n")) == (2, "", 1) and "--dry_run 7" in err
