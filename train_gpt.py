@@ -10,7 +10,7 @@ Tokenrun: how low can validation loss go on a fixed budget of training tokens?
 
 A run leaves a folder: log.txt (this source, the environment, every step, the result), record.json, val_nll.npy and the
 weights. Sections in order: config, machine, data, model, objective, optimizer, schedules, checkpoint, scoring, training,
-main. Fork it, change anything; the only promise to keep is the command line of --score.
+dry run, main. Fork it, change anything; the only promise to keep is the command line of --score.
 """
 import time
 
@@ -32,12 +32,15 @@ import resource
 import shutil
 import signal
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 if torch.cuda.is_available():  # neither trains on a CPU, and they take seconds to import
     from torch.nn.attention import flex_attention as flex, varlen
@@ -97,17 +100,12 @@ class Config:
     bag_size: int = 1              # token superposition (2605.06546): bags of so many tokens in, the next bag's tokens out ...
     bag_until: float = 0.0         # ... for this first fraction of training, then single tokens
     mtp_weight: float = 0.0        # of an auxiliary loss on the token after the next (2404.19737); its projection is not used in scoring
-    xsa: bool = False              # each head's output loses its component along the token's own value (2603.09078), with a learned strength
     iha: bool = False              # queries, keys and values of a layer's heads are mixed by learned matrices (2602.21371)
     ema: float = 0.0               # the final weights are an exponential average over training, with this decay per step
     cycles: int = 0                # so many cosine cycles of the learning rates, whose ends are averaged (SWA, 1803.05407) ...
     cycle_from: float = 0.5        # ... in training from this fraction on
     cycle_lr: float = 0.5          # ... from this multiple of the rates down to final_lr
     cycle_wd: float = 0.0          # ... with weight decay in anti-phase: from (1 - cycle_wd) up to (1 + cycle_wd) times
-    cycle_noise: float = 0.0       # ... and matrices perturbed after each by this share of their size
-    snapshots: bool = False        # the ends of the cycles are models of their own: their probabilities are averaged, not their weights
-    holdout: float = 0.0           # this share of the training tokens is not trained on; on it the models' mixture weights are fitted ...
-    select: int = 8                # ... of which the largest so many are kept
     # training
     epochs: float = 3.2            # passes over train_tokens (steps of bags count as steps of single tokens do)
     batch_tokens: int = 4096       # tokens per optimizer step, over all ranks
@@ -129,7 +127,6 @@ class Config:
     warmdown: float = 0.6          # last fraction of training, in which they fall to final_lr ...
     warmdown_power: float = 1.0    # ... along (what is left of it) to this power
     final_lr: float = 0.0          # a multiple, like all lr schedules here
-    window_grow: float = 0.0       # long windows are as short as the short ones for this fraction of training
     # housekeeping
     probes: int = 8                # training in so many parts, and between them a look at the first probe_tokens of validation
     probe_tokens: int = 40_000
@@ -144,24 +141,24 @@ FINEWEB = dict(
 DEEP = FINEWEB | dict(n_layer=30, n_embd=1792, n_head=14, mlp_hidden=4864, epochs=18, muon_lr=0.01, weight_decay=1.3,
                       loop_first=15, loop_last=24, loop_times=2, loop_from=0.5)
 
-COPIES = dict(recall="1,2,3,4,5,6,8,12,16,24,32", memory="3,4,5,6,8,12,16,24", distill_alpha=0.4)
+POCKET = dict(recall="1,2,3,4,5,6,8,12,16,24,32", memory="3,4,5,6,8,12,16,24", mtp_weight=0.3, iha=True, distill_alpha=0.4)
 
 PRESETS = {  # the FineWeb tracks': shapes and recipes of the published Slowrun records of 2026-07, in this script's terms
-    "pocket": COPIES | dict(n_embd=128, mlp_hidden=352, muon_lr=0.03, weight_decay=0.4, epochs=2.0, members=2,
+    "pocket": POCKET | dict(n_embd=128, mlp_hidden=352, muon_lr=0.03, weight_decay=0.4, epochs=1.9, members=2,
                             bag_size=2, bag_until=0.15, loop_first=1, loop_last=2, loop_times=1, loop_from=0.7),
-    "pocket_unlimited": COPIES | dict(weight_decay=0.25, epochs=6.0, members=3),
+    "pocket_unlimited": POCKET | dict(weight_decay=0.25, epochs=6.0, members=3),
     "mini": dict(data="mini", train_tokens=10_000_000, n_layer=12, n_embd=512, n_head=4, mlp_hidden=1408, seq_len=1024,
                  window_short=512, batch_tokens=65_536, device_tokens=65_536, loss_chunk=8192, dropout=0.1, weight_decay=0.8,
                  epochs=10, probe_tokens=262_144, save_every=500),
     "tiny": FINEWEB | dict(n_layer=16, n_embd=1024, n_head=8, mlp_hidden=2816, epochs=15, muon_lr=0.04, weight_decay=0.8,
                            wd_points="0:1,0.125:1,0.5:0.125,1:1.5625", device_tokens=65_536),
     "limited": DEEP | dict(epochs=11, loop_last=20, loop_times=1, loop_from=0.64),
-    "two_hour": DEEP,
-    "unlimited": DEEP | dict(n_embd=2048, n_head=16, mlp_hidden=5632, loop_times=4)}
+    "two_hour": DEEP | dict(device_tokens=8192),
+    "unlimited": DEEP | dict(n_embd=2048, n_head=16, mlp_hidden=5632, loop_times=4, device_tokens=4096, members=8, distill_alpha=0.4)}
 
 def check_config(c):
     """Refuse what cannot be trained, before anything is loaded."""
-    below_one = {"dropout", "loop_from", "window_grow", "bag_until", "ema", "cycle_from", "holdout"}  # at 1 nothing would be left, or the phase never come
+    below_one = {"dropout", "loop_from", "bag_until", "ema", "cycle_from"}  # at 1 nothing would be left, or the phase never come
     zero_is_fine = {"seed", "loop_first", "loop_last", "loop_times", "probes", "cycles"}
     not_fractions = {"softcap", "epochs", "muon_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "warmdown_power", "final_lr",
                      "distill_temp", "mtp_weight", "cycle_lr"}
@@ -186,8 +183,6 @@ def check_config(c):
             f"--softcap {c.softcap:g} --epochs {c.epochs:g} --distill_temp {c.distill_temp:g}: must be above 0")
     require(c.warmup + c.warmdown <= 1, f"--warmup {c.warmup:g} --warmdown {c.warmdown:g}: together more than all of training")
     require(not (c.cycles and c.ema), f"--cycles {c.cycles} --ema {c.ema:g}: two averages of the weights; choose one")
-    require(c.cycles or not c.snapshots, "--snapshots 1: needs --cycles, whose ends they are")
-    require(not (c.holdout and c.student), f"--holdout {c.holdout:g}: fits the weights of a mixture; a student is scored alone")
     require(c.loop_times == 0 or c.loop_first <= c.loop_last < c.n_layer,
             f"--loop_first {c.loop_first} --loop_last {c.loop_last}: not a range of the model's layers 0 to {c.n_layer - 1}")
     require(c.dtype in ("auto", "bf16", "fp32"), f"--dtype {c.dtype}: choose auto, bf16 or fp32")
@@ -208,10 +203,16 @@ def models(c):
     if not c.student:
         return members
     changes = dict(change.partition("=")[::2] for change in c.student.split(","))
-    fixed = {"track", "data", "train_tokens", "seed", "members", "student", "recall", "memory", "holdout"}
+    fixed = {"track", "data", "train_tokens", "seed", "members", "student", "recall", "memory"}
     unfit = [name for name in changes if name not in Config.__dataclass_fields__ or name in fixed]
     require(not unfit, f"--student {c.student}: write name=value pairs with commas between, of recipe options; {(unfit or [''])[0]!r} is none")
     return [*members, dataclasses.replace(members[0], seed=c.seed + 1000 * c.members, **typed(changes))]
+
+def lessons(c):
+    """(Config, those of its teachers) of each model that a run trains, in order."""
+    trained = models(c)
+    return [(one, [trained[k - 1]] if c.distill_alpha and 0 < k < c.members else trained[:c.members] if k == c.members else [])
+            for k, one in enumerate(trained)]
 
 def typed(values):
     """Config fields as their types, from strings or numbers."""
@@ -367,10 +368,6 @@ def recalled(c):
 def lengths(text):
     return [int(n) for n in text.split(",") if n]
 
-def n_trained(c):
-    """Tokens of the budget that are trained on; those after them are held out."""
-    return c.train_tokens - int(c.train_tokens * c.holdout)
-
 class Recall:
     """Makes the model's inputs: beside each token, for each length n of c.recall, the token that followed the latest earlier occurrence, in the
     same document, of the n tokens which end here; for each of c.memory the same of the training documents, but never of a token's own one, for
@@ -378,7 +375,7 @@ class Recall:
     (arXiv 2401.12973) and retrieval (2112.04426), exact and without attention: as far back as the document goes, and never ahead."""
     def __init__(self, tokens, bos_id, c):
         """tokens: [n], the training tokens of the budget; without c.memory only needed to train."""
-        self.tokens, self.bos_id, self.c, self.index = tokens[:n_trained(c)], bos_id, c, []
+        self.tokens, self.bos_id, self.c, self.index = tokens, bos_id, c, []
         if c.memory:
             ngrams, document, _ = self.ngrams(self.tokens[None])
             for n in lengths(c.memory):
@@ -505,7 +502,7 @@ def param_shapes(c, vocab_size):
             **({"gates": (L, c.value_proj + c.attn_gate, H, gate)} if c.value_proj or c.attn_gate else {}),
             **({"mix": (L, 2)} if c.x0_mix else {}), **({"skip": (L // 2,)} if c.unet and L > 1 else {}),
             **({"recall": (recalled(c), vocab_size + 1, D)} if recalled(c) else {}),  # the last row: nothing
-            **({"xsa": (L, H)} if c.xsa else {}), **({"iha": (L, 3, H, H)} if c.iha else {}), **({"mtp": (1, D, D)} if c.mtp_weight else {})}
+            **({"iha": (L, 3, H, H)} if c.iha else {}), **({"mtp": (1, D, D)} if c.mtp_weight else {})}
 
 def init_params(c, vocab_size):
     """Float32 parameters on the CPU, started as in nanochat and Slowrun: layers as the identity, the first loss ln(vocab_size)."""
@@ -608,9 +605,6 @@ def block(x, x0, w, cos, sin, mask, impl, n_head, dropout):
     if value_proj:
         v = v + 2 * gates[:, :, 0] * F.linear(x0, w["attn"][4]).view(v.shape)  # the gate starts at 2 * 1/2
     y = attention(rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v, mask, impl)
-    if "xsa" in w:
-        along = F.normalize(v, dim=-1)
-        y = y - w["xsa"][:, None] * (y * along).sum(-1, keepdim=True) * along
     if "gates" in w and len(w["gates"]) > value_proj:
         y = y * gates[:, :, -1]
     y = F.dropout(F.linear(y.reshape(B, T, D), w["attn"][3]), dropout, training=dropout > 0)
@@ -619,14 +613,14 @@ def block(x, x0, w, cos, sin, mask, impl, n_head, dropout):
     y = F.dropout(F.linear(F.silu(gate) * up, w["mlp_out"]), dropout, training=dropout > 0)
     return x + y
 
-def layer_window(c, i, long_window):
+def layer_window(c, i):
     short = c.window_pattern[i % len(c.window_pattern)] == "S" and i < c.n_layer - 1
-    return c.window_short if short else long_window
+    return c.window_short if short else c.seq_len
 
 def forward(p, inputs, c, m, bos_id, phase, training=False, compiled=False):
-    """Hidden states [B, T, D] of inputs [B, T * bag, 1 + recalled(c)] (see Recall), normalized, ready for the head. phase: the layers to run, in order, the long
-    window, and the size of a bag (see schedules). training: with dropout, drawn from torch's own generator."""
-    layers, long_window, bag = phase
+    """Hidden states [B, T, D] of inputs [B, T * bag, 1 + recalled(c)] (see Recall), normalized, ready for the head. phase: the layers to run, in
+    order, and the size of a bag (see schedules). training: with dropout, drawn from torch's own generator."""
+    layers, bag = phase
     tokens = inputs[..., 0]
     x, starts = F.embedding(tokens, p["wte"]), tokens == bos_id
     for k, table in enumerate(p["recall"].unbind(0) if "recall" in p else ()):
@@ -638,7 +632,7 @@ def forward(p, inputs, c, m, bos_id, phase, training=False, compiled=False):
         x, starts = (x.unflatten(1, (-1, bag)) * last).sum(2) / last.sum(2), bags.any(2)
     B, T, _ = x.shape
     cos, sin = rope_tables(T, c.n_embd // c.n_head, m.device, m.dtype)
-    windows = [min(layer_window(c, i, long_window), T) for i in layers]
+    windows = [min(layer_window(c, i), T) for i in layers]
     masks = attention_masks(starts, sorted(set(windows)), m.attention, m.dtype)
     # every bank is cast and taken apart once per pass, not once per use
     banks = {name: p[name].to(m.dtype).unbind(0) for name in p if name not in ("wte", "lm_head", "recall", "skip", "mtp")}
@@ -657,10 +651,10 @@ def forward(p, inputs, c, m, bos_id, phase, training=False, compiled=False):
 
 def flops_per_token(c, vocab_size, phase):
     """FLOPs of a forward pass per token: two per weight that is multiplied, and the attention over the average window."""
-    layers, long_window, _ = phase
+    layers, _ = phase
     weights = sum(math.prod(shape[1:]) for name, shape in param_shapes(c, vocab_size).items()
                   if name in ("attn", "mlp_in", "mlp_out", "gates"))
-    windows = [min(layer_window(c, i, long_window), c.seq_len) for i in layers]
+    windows = [min(layer_window(c, i), c.seq_len) for i in layers]
     seen = [w - w * (w - 1) / 2 / c.seq_len for w in windows]  # tokens that the average token attends to
     return 2 * vocab_size * c.n_embd + sum(2 * weights + 4 * n * c.n_embd for n in seen)
 
@@ -733,7 +727,7 @@ def token_nll(h, w, targets, c):
 # ---- optimizer --------------------------------------------------------------------------------------------------------
 
 MUON_BANKS = ("attn", "mlp_in", "mlp_out", "mtp")
-NO_DECAY = ("gates", "mix", "skip", "xsa", "iha")
+NO_DECAY = ("gates", "mix", "skip", "iha")
 
 # Polar Express (arXiv 2505.16932): the best odd quintic of each step for singular values in [1e-3, 1]; safety factor 1.02
 POLAR_EXPRESS = ((8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -870,12 +864,12 @@ def wd_points(c):
     return [tuple(map(float, point.split(":"))) for point in c.wd_points.split(",")]
 
 def phase_schedule(done, c):
-    """(layers, long window, bag size): which layers run, in order, how far the long-window layers see, and what a position holds."""
+    """(layers, bag size): which layers run, in order, and how many tokens a position holds."""
     layers = list(range(c.n_layer))
     if c.loop_times and done >= c.loop_from:
         loop = layers[c.loop_first:c.loop_last + 1]
         layers[c.loop_last + 1:c.loop_last + 1] = loop * c.loop_times
-    return tuple(layers), c.window_short if done < c.window_grow else c.seq_len, c.bag_size if done < c.bag_until else 1
+    return tuple(layers), c.bag_size if done < c.bag_until else 1
 
 # ---- checkpoint -------------------------------------------------------------------------------------------------------
 
@@ -987,54 +981,26 @@ def stream_nll(p, inputs, c, m, bos_id, phase):
                 out[row, at + 1:at + 1 + T] = values
     return all_reduce(m, out).cpu().numpy()
 
-def scored_models(run, c, fitted=True):
-    """(number of the weights, config, share) of the models whose averaged probabilities are a run's: those of a fitted mixture, or all
-    members alike, or the student alone."""
-    trained, n = models(c), max(1, c.cycles * c.snapshots)
-    numbers = range(len(trained) * n)[-n:] if c.student else range(len(trained) * n)
-    shares = {number: 1 / len(numbers) for number in numbers}
-    if fitted and (run / "mixture.json").exists():
-        shares = read_json(run / "mixture.json", lambda fitted: {int(number): float(share) for number, share in fitted.items()})
-    return [(number, trained[number // n], share) for number, share in shares.items()]
+def scored_models(c):
+    """(number of the weights, config) of the models whose averaged probabilities are a run's: all members, or the student alone."""
+    return list(enumerate(models(c)))[-1 if c.student else 0:]
 
-def mix_nll(total, nll, share):
-    """The NLL of a mixture to which a model is added: total that of the models before it, in which the shares need not sum to one
-    (None: there are none)."""
-    nll = nll.astype(np.float64) - math.log(share)
+def mix_nll(total, nll):
+    """-log of the sum of the probabilities of models that were added before, of which `total` is that (None: there are none), and of one more."""
+    nll = nll.astype(np.float64)
     return nll if total is None else -np.logaddexp(-total, -nll)
 
 def run_nll(run, inputs, c, m, meta, show=None):
-    """NLL of every token under the run's mixture, float64 [n_streams, length]: one model in memory at a time."""
-    total, whole, scored = None, 0.0, scored_models(run, c)
-    for number, one, share in scored:
+    """NLL of every token under the mean probability of a run's models, float64 [n_streams, length]: one model in memory at a time."""
+    total, scored = None, scored_models(c)
+    for n, (number, one) in enumerate(scored, 1):
         nll = stream_nll(load_weights(run, number, one, meta, m), inputs, one, m, meta["bos_id"], phase_schedule(1.0, one))
-        total, whole = mix_nll(total, nll, share), whole + share
+        total = mix_nll(total, nll)
         if show and len(scored) > 1:
-            show(f"weights {number} (share {share:.3f}) alone: {mean_nll(nll):.6f}; the mixture so far: {mean_nll(total + math.log(whole)):.6f} nats per token")
-    total = np.maximum(0, total + math.log(whole))  # the shares sum to one, up to rounding
+            show(f"member {number + 1} alone: {mean_nll(nll):.6f}; the members so far together: {mean_nll(total + math.log(n)):.6f} nats per token")
+    total = np.maximum(0, total + math.log(len(scored)))  # up to rounding it is
     total[:, 0] = 0
     return total
-
-def fit_mixture(run, c, m, meta, inputs):
-    """Shares of a run's models that give held-out training tokens, inputs [1, length, 1 + recalled(c)], the least NLL, by expectation maximization; the largest
-    `select` of them are kept. Written to mixture.json, {number: share}."""
-    scored = scored_models(run, c, fitted=False)
-    nll = np.stack([stream_nll(load_weights(run, number, one, meta, m), inputs, one, m, meta["bos_id"], phase_schedule(1.0, one))[0, 1:]
-                    for number, one, _ in scored]).astype(np.float64)
-    p = np.exp(nll.min(0) - nll)  # [models, tokens], up to a factor for each token
-    share, kept = np.full(len(p), 1 / len(p)), np.ones(len(p), bool)
-    for i in range(400):
-        if i == 200:
-            kept = np.argsort(np.argsort(-share)) < c.select
-            share = share * kept
-        part = share[:, None] * p
-        share = (part / part.sum(0)).mean(1)
-    fitted = {number: share[i] for i, (number, _, _) in enumerate(scored) if kept[i] and share[i] > 1e-6}
-    if m.rank == 0:
-        write_file(run / "mixture.json", json.dumps(fitted, indent=1).encode())
-    if m.world_size > 1:
-        dist.barrier()  # all ranks score by it
-    return fitted
 
 def mean_nll(nll):
     """Nats per scored token of [n_streams, length]: the first of each stream is not scored."""
@@ -1067,14 +1033,14 @@ def sample(run, c, m, meta, recall, prompt, n_tokens, temperature=0.8):
         encoding = prepare.get_encoding(meta["tokenizer"])
     except prepare.DataError as e:
         raise Stop(str(e))
-    scored = [(one, load_weights(run, number, one, meta, m), share) for number, one, share in scored_models(run, c)]
+    scored = [(one, load_weights(run, number, one, meta, m)) for number, one in scored_models(c)]
     g, ids = torch.Generator().manual_seed(c.seed), [meta["bos_id"]] + encoding.encode_ordinary(prompt)
     for _ in range(n_tokens):
         mean, inputs = 0, recall.inputs(np.array([ids], dtype=np.uint16))
-        for one, p, share in scored:
+        for one, p in scored:
             x = torch.from_numpy(inputs[:, -one.seq_len:].astype(np.int64)).to(m.device)
             h = forward(p, x, one, m, meta["bos_id"], phase_schedule(1.0, one))
-            mean = mean + head_logits(h[0, -1:], p["lm_head"].to(h.dtype), one.softcap)[0].softmax(-1).cpu() * share
+            mean = mean + head_logits(h[0, -1:], p["lm_head"].to(h.dtype), one.softcap)[0].softmax(-1).cpu() / len(scored)
         ids.append(int(torch.multinomial((mean.log() / temperature).softmax(-1), 1, generator=g)))
         if ids[-1] == meta["bos_id"]:
             break
@@ -1122,7 +1088,7 @@ def train_pass(p, x, y, n_targets, c, m, bos_id, phase, seed, teachers=()):
     x, y = x.to(m.device, non_blocking=True), y.to(m.device, non_blocking=True)
     taught = []
     with torch.no_grad():
-        for t, p_t in teachers:
+        for t, p_t in teachers if phase[1] == 1 else ():  # there is nothing to learn about bags
             h = forward(p_t, x, t, m, bos_id, phase_schedule(1.0, t), compiled=True)
             taught.append((h.flatten(0, 1), p_t["lm_head"].to(h.dtype), -math.log(len(teachers))))
     h = forward(p, x, c, m, bos_id, phase, training=True, compiled=True)
@@ -1136,13 +1102,11 @@ def train_pass(p, x, y, n_targets, c, m, bos_id, phase, seed, teachers=()):
 class Schedule:
     """What a model trains on, step by step: bags first, if it has any, then single tokens. All a function of the step."""
     def __init__(self, inputs, bos_id, c, m, steps=None):
-        self.n_train, self.budget = n_trained(c), c.train_tokens
-        c = dataclasses.replace(c, train_tokens=self.n_train)
         self.plain = Loader(inputs, bos_id, c, m.rank, m.world_size)
         self.total = min(self.plain.steps, steps or self.plain.steps)
         require(self.total * (1 - c.cycle_from) >= c.cycles, f"--cycles {c.cycles}: more than there are steps from --cycle_from {c.cycle_from:g} on")
         self.phases = [phase_schedule((step + 0.5) / self.total, c) for step in range(self.total)]
-        self.n_bags = sum(bag > 1 for _, _, bag in self.phases)
+        self.n_bags = sum(bag > 1 for _, bag in self.phases)
         self.bags = Loader(inputs, bos_id, c, m.rank, m.world_size, c.bag_size) if self.n_bags else None
 
     def batch(self, step):
@@ -1151,15 +1115,20 @@ class Schedule:
     def epoch(self, step):
         """Passes over the budget in the first `step` steps."""
         parts = (self.bags, min(step, self.n_bags)), (self.plain, max(0, step - self.n_bags))
-        return sum(n * loader.batch_rows / loader.rows_per_epoch for loader, n in parts if loader) * self.n_train / self.budget
+        return sum(n * loader.batch_rows / loader.rows_per_epoch for loader, n in parts if loader)
 
     def tokens_seen(self, c):
-        return sum(c.batch_tokens * bag for _, _, bag in self.phases)
+        return sum(c.batch_tokens * bag for _, bag in self.phases)
 
 def train_flops(c, schedule, vocab_size, teachers):
     """Of a model's training: a backward pass costs two forward passes, a teacher one."""
     taught = sum(flops_per_token(t, vocab_size, phase_schedule(1.0, t)) for t in teachers)
-    return c.batch_tokens * sum(3 * flops_per_token(c, vocab_size, phase) + taught * (phase[2] == 1) for phase in schedule.phases)
+    later = 2 * c.n_embd * (c.n_embd + vocab_size) * (c.mtp_weight > 0)
+    return c.batch_tokens * sum(3 * (flops_per_token(c, vocab_size, phase) + later) + taught * (phase[1] == 1) for phase in schedule.phases)
+
+def distinct(runs):
+    """Those that differ in more than the seed."""
+    return list({(dataclasses.replace(c, seed=0), len(taught)): (c, schedule, taught) for c, schedule, taught in runs}.values())
 
 def compile_all(runs, m, meta):
     """Compile every phase of training on made-up tokens; where that fails, go on without. runs: (Config, Schedule, teachers' configs) of
@@ -1168,32 +1137,26 @@ def compile_all(runs, m, meta):
     if m.compiled:
         if m.rank == 0:
             print("compiling, for half a minute or so ...", flush=True)
-        kinds = {dataclasses.replace(c, seed=0): (c, schedule, taught) for c, schedule, taught in runs}
-        kinds |= {(dataclasses.replace(c, seed=0), len(taught)): (c, schedule, taught) for c, schedule, taught in runs if taught}
         try:
-            for c, schedule, taught in kinds.values():
+            for c, schedule, taught in distinct(runs):
                 p = {name: w.to(m.device).requires_grad_() for name, w in init_params(c, vocab_size).items()}
                 teachers = [(t, {name: w.to(m.device) for name, w in init_params(t, vocab_size).items()}) for t in taught]
                 for phase in sorted(set(schedule.phases)):
                     for rows in {len(part) for part in torch.arange(len(schedule.plain.share)).split(c.device_tokens // c.seq_len)}:
-                        x = torch.zeros(rows, c.seq_len * phase[2], 1 + recalled(c), dtype=torch.long)
-                        train_pass(p, x, x[..., 0].unflatten(1, (-1, phase[2])), 1, c, m, meta["bos_id"], phase, (0,), teachers if phase[2] == 1 else ())
+                        x = torch.zeros(rows, c.seq_len * phase[1], 1 + recalled(c), dtype=torch.long)
+                        train_pass(p, x, x[..., 0].unflatten(1, (-1, phase[1])), 1, c, m, meta["bos_id"], phase, (0,), teachers)
         except RuntimeError as e:  # as which torch._dynamo passes on whatever the compiler ran into
             set_compiled(m, "auto", f"the compiler failed, {first_line(e)}")
     all_reduce(m, torch.zeros(1, device=m.device)).item()  # waiting for the slowest rank is compilation, too
     return time.monotonic() - began
 
-def train(c, run, m, meta, schedules, probe, held_out, asked_to_stop):
-    """Train the models of a run from its last checkpoint, or from the start. probe, held_out: inputs [1, length, 1 + recalled(c)] that are looked
-    at in between, and on which a mixture is fitted. Returns (progress, [(Config, Schedule, teachers)], Log)."""
+def train(c, run, m, meta, schedules, probe, asked_to_stop):
+    """Train the models of a run from its last checkpoint, or from the start. probe: inputs [1, length, 1 + recalled(c)] that are looked at in
+    between. Returns (progress, [(Config, Schedule, teachers)], Log)."""
     state = load_state(run)
     progress, trained = state["progress"], models(c)
     log = Log(run, m, progress["log_bytes"])
-    runs = []
-    for k, one in enumerate(trained):
-        chained = c.distill_alpha and 0 < k < c.members
-        taught = [trained[k - 1]] if chained else trained[:c.members] if k == c.members else []
-        runs.append((one, schedules[k], taught))
+    runs = [(one, schedule, taught) for (one, taught), schedule in zip(lessons(c), schedules)]
     if progress["log_bytes"]:
         log(f"resumed at step {progress['step']} of model {progress['model'] + 1}")
     else:
@@ -1213,38 +1176,29 @@ def train(c, run, m, meta, schedules, probe, held_out, asked_to_stop):
     for k, (one, schedule, taught) in enumerate(runs):
         new = k >= progress["model"]
         if new:
-            teachers = [(t, load_weights(run, last_weights(trained.index(t), c), t, meta, m)) for t in taught]
+            teachers = [(t, load_weights(run, trained.index(t), t, meta, m)) for t in taught]
             p = train_model(k, one, run, m, meta, schedule, teachers, state if state["params"] else None, progress, log, probe, start, asked_to_stop, len(runs))
             if m.rank == 0:
-                save_tensors(run, "weights", last_weights(k, c), {name: w.detach().cpu() for name, w in p.items()})
+                save_tensors(run, "weights", k, {name: w.detach().cpu() for name, w in p.items()})
             progress |= {"model": k + 1, "step": 0, "seconds": time.monotonic() - start}
             state = {"params": {}}
         if m.world_size > 1:
             dist.barrier()  # all ranks read what the first has written
         if len(runs) > 1:  # the running mean also needs the models that an earlier part of the run has trained
-            nll = stream_nll(load_weights(run, last_weights(k, c), one, meta, m), probe, one, m, meta["bos_id"], phase_schedule(1.0, one))
-            total = mix_nll(total, nll, 1) if k < c.members else total
+            nll = stream_nll(load_weights(run, k, one, meta, m), probe, one, m, meta["bos_id"], phase_schedule(1.0, one))
+            total = mix_nll(total, nll) if k < c.members else total
             if new:
                 together = mean_nll(total) + math.log(min(k + 1, c.members))
                 log(f"member {k + 1} done: val_loss {mean_nll(nll):.4f}, the members so far together {together:.4f}, on the first {nll.size:,} tokens")
         if new:
             save_state(run, {}, None, {}, progress, log, m)
-    if c.holdout:
-        fitted = fit_mixture(run, c, m, meta, held_out)
-        progress["seconds"] = time.monotonic() - start
-        log(f"mixture fitted on {held_out.shape[1]:,} held-out training tokens: {', '.join(f'{number}: {share:.3f}' for number, share in fitted.items())}")
     return progress, runs, log
-
-def last_weights(k, c):
-    """The number of the final weights of model k. Each end of a cycle has a number where it is a model of its own."""
-    return (k + 1) * max(1, c.cycles * c.snapshots) - 1
 
 def train_model(k, c, run, m, meta, schedule, teachers, state, progress, log, probe, start, asked_to_stop, n_models):
     """Train one model of a run, from the state of a checkpoint or from the start. Returns its final weights."""
     bos_id, total = meta["bos_id"], schedule.total
     p = {name: w.to(m.device).requires_grad_() for name, w in init_params(c, meta["vocab_size"]).items()}
-    averaging = c.ema or c.cycles and not c.snapshots
-    optimizer, ema = MuonAdamW(p, c, m), {name: w.detach().clone() for name, w in p.items()} if averaging else {}
+    optimizer, ema = MuonAdamW(p, c, m), {name: w.detach().clone() for name, w in p.items()} if c.ema or c.cycles else {}
     ends = cycle_ends(total, c) if c.cycles else []
     if state:
         with torch.no_grad():
@@ -1261,13 +1215,11 @@ def train_model(k, c, run, m, meta, schedule, teachers, state, progress, log, pr
         x, y, n_targets = schedule.batch(step)
         loss = torch.zeros((), device=m.device)
         for i, (xs, ys) in enumerate(zip(x.split(c.device_tokens // c.seq_len), y.split(c.device_tokens // c.seq_len))):
-            loss += train_pass(p, xs, ys, n_targets, c, m, bos_id, phase, (c.seed, step, m.rank, i), teachers if phase[2] == 1 else ())
+            loss += train_pass(p, xs, ys, n_targets, c, m, bos_id, phase, (c.seed, step, m.rank, i), teachers)
         optimizer.step(step, lr, wd_schedule(done, c), momentum_schedule(done, c))
         for name, w in ema.items():
             share = 1 - min(c.ema, (step + 1) / (step + 10)) if c.ema else 1 / (ends.index(step + 1) + 1) if step + 1 in ends else 0
             w.lerp_(p[name].detach(), share)  # a young exponential average forgets its first steps
-        if step + 1 in ends[:-1]:
-            end_cycle(p, ends.index(step + 1), k, c, run, m)
         loss, stopping = all_reduce(m, torch.stack([loss, torch.tensor(float(bool(asked_to_stop)), device=m.device)])).tolist()
         saving = (step + 1) % c.save_every == 0 or step + 1 == total or stopping
         if not math.isfinite(loss) or saving and not all(w.isfinite().all() for w in p.values()):  # the same on every rank
@@ -1281,7 +1233,7 @@ def train_model(k, c, run, m, meta, schedule, teachers, state, progress, log, pr
             f"left {(total - step - 1) * c.batch_tokens / speed:.0f}s", pause=2.0 * (step + 1 < total))
         if step + 1 in probe_at:
             # between bags the model cannot predict single tokens yet, so the probe is of what it would be scored as
-            nll = stream_nll(ema or p, probe, c, m, bos_id, (*phase[:2], 1))
+            nll = stream_nll(ema or p, probe, c, m, bos_id, (phase[0], 1))
             log(f"{who}probe {step + 1}/{total} val_loss {mean_nll(nll):.4f} on the first {nll.size:,} tokens")
         if saving:
             save_state(run, p, optimizer, ema, progress, log, m)
@@ -1289,22 +1241,12 @@ def train_model(k, c, run, m, meta, schedule, teachers, state, progress, log, pr
             raise Stop(f"stopped at {who}step {step + 1}/{total} and saved; go on with: python {SCRIPT} --resume {run}", 130)
     return ema or p
 
-@torch.no_grad()
-def end_cycle(p, j, k, c, run, m):
-    """After cycle j of model k: keep the weights, if they are a model of their own, and perturb the matrices for the next cycle."""
-    if c.snapshots and m.rank == 0:
-        save_tensors(run, "weights", k * c.cycles + j, {name: w.detach().cpu() for name, w in p.items()})
-    g = torch.Generator().manual_seed(c.seed * 1000 + j)
-    for name in MUON_BANKS if c.cycle_noise else ():
-        if name in p:
-            p[name].add_(torch.randn(p[name].shape, generator=g).to(m.device) * p[name].square().mean().sqrt() * c.cycle_noise)
-
 def finish(progress, runs, log, c, run, m, meta, recall, val_tokens, steps):
     """After the clock: score the final weights, write the record."""
     nll = run_nll(run, recall.inputs(val_tokens[None]), c, m, meta, log)
     if m.rank > 0:
         return
-    vocab_size, scored = meta["vocab_size"], [one for _, one, _ in scored_models(run, c)]
+    vocab_size, scored = meta["vocab_size"], [one for _, one in scored_models(c)]
     write_npy(run / "val_nll.npy", np.add.reduceat(nll[0], np.arange(0, nll.size, 1000)))
     record = {
         "track": c.track, "trial": steps is not None, "seed": c.seed, "members": len(runs), "scored": len(scored),
@@ -1358,7 +1300,7 @@ def train_command(given, args):
     train_tokens, val_tokens = (read_shard(data_folder(c) / f, meta["vocab_size"], meta["sha256"][f]) for f in ("train.bin", "val.bin"))
     require(len(train_tokens) >= c.train_tokens, f"--train_tokens {c.train_tokens}: the training shard holds only {len(train_tokens)}; lower it")
     recall = Recall(train_tokens[:c.train_tokens], meta["bos_id"], c)
-    inputs, held_out = recall.inputs()[0], recall.inputs(train_tokens[None, n_trained(c):c.train_tokens]) if c.holdout else None
+    inputs = recall.inputs()[0]
     schedules = [Schedule(inputs, meta["bos_id"], one, m, args.steps) for one in models(c)]
     if m.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
@@ -1372,9 +1314,103 @@ def train_command(given, args):
         asked_to_stop.append(time.monotonic())
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
-    trained = train(c, run, m, meta, schedules, recall.inputs(val_tokens[None, :c.probe_tokens]), held_out, asked_to_stop)
+    trained = train(c, run, m, meta, schedules, recall.inputs(val_tokens[None, :c.probe_tokens]), asked_to_stop)
     asked_to_stop.insert(0, -math.inf)
     finish(*trained, c, run, m, meta, recall, val_tokens, args.steps)
+
+# ---- dry run ----------------------------------------------------------------------------------------------------------
+
+GPU_FLOPS, GPU_BYTES, UTILIZATION = 989e12, 80e9, 0.4  # an H100: dense bf16, its memory, and what share of the first is assumed here
+
+class Ledger(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, and their peak."""
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.known:
+                self.known.add(tensor.untyped_storage())
+                self.add(tensor.untyped_storage().nbytes())
+                weakref.finalize(tensor.untyped_storage(), self.add, -tensor.untyped_storage().nbytes())
+        return out
+
+    def add(self, n):
+        self.live, self.peak = self.live + n, max(self.peak, self.live + n)
+
+def step_memory(c, teachers, phase, vocab_size, m):
+    """Bytes that one rank holds at the peak of an optimizer step, {kind: bytes} with "peak" last: train_pass() and the optimizer run in a Ledger.
+    With m.compiled a layer keeps for its backward pass what torch.compile's partitioner decides. On a GPU, windows are not masks in memory: one
+    layer's mask stands for all here, and is taken off."""
+    from torch._functorch.aot_autograd import aot_function
+    from torch._functorch.compilers import nop
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    gpu, ledger, kinds, chunk = m.attention != "sdpa", Ledger(), {}, objective_chunk
+
+    def noted_chunk(*args):
+        before, peak = ledger.live, ledger.peak
+        kinds.setdefault("activations", before - kinds["weights"] - kinds["optimizer"] - masks)  # the weights in bf16 among them
+        ledger.peak = before
+        out = chunk(*args)
+        kinds["logits chunk"], ledger.peak = ledger.peak - before, max(peak, ledger.peak)
+        return out
+    graphs = {}
+
+    def compiled_block(*args):
+        kind = (torch.is_grad_enabled(), *(getattr(arg, "shape", arg) for arg in tree_leaves(args)))  # a graph for each, as torch.compile has
+        if kind not in graphs:
+            graphs[kind] = aot_function(block, nop, nop, partition_fn=min_cut_rematerialization_partition)
+        return graphs[kind](*args)
+    rows = min(c.batch_tokens // c.seq_len // m.world_size, c.device_tokens // c.seq_len)
+    masks = rows * c.seq_len ** 2 * m.dtype.itemsize if gpu else 0
+    c = dataclasses.replace(c, window_pattern="L") if gpu else c
+    m = dataclasses.replace(m, attention="sdpa", objective_chunk=noted_chunk, block=compiled_block if m.compiled else block)
+    with ledger:
+        averages = [c] if c.ema or c.cycles else []
+        p, *others = [{name: torch.zeros(shape) for name, shape in param_shapes(one, vocab_size).items()} for one in (c, *teachers, *averages)]
+        kinds["weights"] = ledger.live
+        optimizer = MuonAdamW({name: w.requires_grad_() for name, w in p.items()}, c, m)
+        kinds["optimizer"], kinds["gradients"] = ledger.live - kinds["weights"], sum(4 * w.numel() for w in p.values())
+        x = torch.zeros(rows, c.seq_len * phase[1], 1 + recalled(c), dtype=torch.long)
+        for _ in range(min(2, c.batch_tokens // m.world_size // c.seq_len // rows)):  # the second micro-batch finds gradients there
+            train_pass(p, x, x[..., 0].unflatten(1, (-1, phase[1])), 1, c, m, 0, phase, (0,), tuple(zip(teachers, others)))
+        optimizer.step(0, 1.0, 1.0, 0.95)
+    return kinds | {"peak": ledger.peak - masks}
+
+def dry_run(c, n_ranks):
+    """--dry_run: what a run would take on so many GPUs (pocket's tracks: processes on a CPU). Needs neither them nor the data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    rules = HERE / "records" / "tracks.json"
+    rule = json.loads(rules.read_text())["tracks"].get(c.track, {}) if rules.exists() else {}
+    n_ranks, gpu = n_ranks or min(rule.get("max_ranks", 1), c.batch_tokens // c.seq_len), not c.track.startswith("pocket")
+    require(c.batch_tokens // c.seq_len % n_ranks == 0, f"--dry_run {n_ranks}: --batch_tokens {c.batch_tokens} cannot be divided among so many")
+    meta = data_folder(c) / "meta.json"
+    vocab_size = read_json(meta, check_meta)["vocab_size"] if meta.exists() else 257 if c.data == "pocket" else 50257
+    if n_ranks > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=n_ranks)
+    m = Machine(torch.device("cpu"), torch.float32 if c.dtype == "fp32" else torch.bfloat16, 0, n_ranks, "varlen" if gpu else "sdpa", compiled=True)
+    nothing = np.broadcast_to(np.uint16(0), (c.train_tokens, 1 + recalled(c)))
+    runs, peak = [(one, Schedule(nothing, NOTHING, one, m), taught) for one, taught in lessons(c)], 0
+    print(f"{c.track}: {len(runs)} model(s) on {n_ranks} {'GPU' if gpu else 'CPU process'}(es)")
+    for one, schedule, taught in distinct(runs):
+        n_params = sum(math.prod(shape) for shape in param_shapes(one, vocab_size).values())
+        print(f"{n_params:,} parameters, {len(taught)} teacher(s), {schedule.total:,} steps of {one.batch_tokens:,} tokens")
+        for phase in dict.fromkeys(schedule.phases):
+            print(f"  {schedule.phases.count(phase):,} steps of {len(phase[0])} layers in turn and bags of {phase[1]}: {flops_per_token(one, vocab_size, phase):.4g} FLOPs forward per position")
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            kinds = step_memory(one, taught, max(schedule.phases, key=lambda phase: flops_per_token(one, vocab_size, phase)), vocab_size, m)
+        peak = max(peak, kinds["peak"])
+        print(f"  memory of each in GB: {', '.join(f'{kind} {size / 1e9:.2f}' for kind, size in kinds.items())}\n"
+              f"  each sends {8e-9 * n_params * (n_ranks - 1) / n_ranks:.2f} GB in a step")
+    flops = sum(train_flops(one, schedule, vocab_size, taught) for one, schedule, taught in runs)
+    print(f"{flops:.4g} FLOPs in all")
+    if gpu:
+        seconds, cap = flops / (n_ranks * GPU_FLOPS * UTILIZATION), rule.get("max_seconds", math.inf)
+        print(f"{seconds:,.0f} s at {UTILIZATION:.0%} of an H100's {GPU_FLOPS / 1e12:.0f} TFLOP/s; the track's cap of {cap:,} s {'holds' if seconds <= cap else 'does NOT hold'} it, "
+              f"and a card of {GPU_BYTES / 1e9:.0f} GB {'holds' if peak <= GPU_BYTES else 'does NOT hold'} the memory")
 
 # ---- main -------------------------------------------------------------------------------------------------------------
 
@@ -1393,6 +1429,7 @@ def parse_args(argv):
     parser.add_argument("--prompt", default="", metavar="TEXT")
     parser.add_argument("--length", type=int, default=500, metavar="N")
     parser.add_argument("--run_dir", type=Path, metavar="DIR", help="folder of a new run (default: runs/TRACK_TIME_SEED)")
+    what.add_argument("--dry_run", type=int, nargs="?", const=0, metavar="GPUS", help="say what a run would take on so many GPUs (as many as the track allows), and train nothing")
     parser.add_argument("--steps", type=int, metavar="N", help="squeeze a new run into N steps: a trial, never a record")
     for name, choices in (("device", "auto cpu cuda"), ("attention", "auto varlen flex sdpa"), ("compile", "auto on off")):
         parser.add_argument(f"--{name}", default="auto", choices=choices.split())
@@ -1424,6 +1461,8 @@ def main():
         given, args = parse_args(sys.argv[1:])
         if args.score:
             score_command(args)
+        elif args.dry_run is not None:
+            dry_run(make_config(given), args.dry_run)
         elif args.sample:
             print(sample(args.sample, *load_run(args.sample, args), args.prompt, args.length))
         else:

@@ -2,12 +2,13 @@
 Speed and memory of train_gpt.py against a plain PyTorch model of the same shape, both run in turns on this machine.
 
     python tests/bench.py                          # speed at the pocket track's shape, memory at GPT-2's vocabulary
-    python tests/bench.py --n_layer 12 --n_embd 768 --n_head 6 --mlp_hidden 2048 --vocab 50304
+    python tests/bench.py --track limited --n_layer 6 --loop_times 0 --batch_tokens 65536     # any option of train_gpt.py; --steps: of a round
     python tests/bench.py --loss 0.003             # one epoch of AdamW at this rate: the plain model's loss on pocket
 
 The plain model is what one writes first: nn.Module layers, SDPA with is_causal, SwiGLU, full logits, F.cross_entropy,
 torch.optim.AdamW, autocast to the same dtype, with and without torch.compile. It leaves out this script's gates,
-value projections, skips and document masks, so it has the lighter job. Prints figures; decides nothing.
+value projections, skips and document masks, so it has the lighter job. The model FLOPs utilization is over the best matrix product of this
+very run. Prints figures; decides nothing.
 """
 import argparse
 import dataclasses
@@ -60,8 +61,8 @@ class PlainGPT(nn.Module):
 
 def make_step(which, c, m, vocab):
     """A function that takes one optimizer step on random tokens."""
-    x = torch.randint(vocab - 1, (c.batch_tokens // c.seq_len, c.seq_len + 1))
-    x, y = x[:, :-1].contiguous(), x[:, 1:].contiguous()
+    inputs = torch.randint(vocab - 1, (c.batch_tokens // c.seq_len, c.seq_len + 1, 1 + t.recalled(c)))
+    x, y = inputs[:, :-1, 0].contiguous(), inputs[:, 1:, 0].contiguous()
     if which.startswith("tokenrun"):
         m = dataclasses.replace(m, why={})
         t.set_compiled(m, "on" if which.endswith("compiled") else "off")
@@ -69,7 +70,9 @@ def make_step(which, c, m, vocab):
         optimizer, phase = t.MuonAdamW(p, c, m), t.phase_schedule(1.0, c)
 
         def step():
-            t.train_pass(p, x[..., None], y[..., None], y.numel(), c, m, vocab - 1, phase, (0,))
+            for i in range(0, len(x), c.device_tokens // c.seq_len):
+                part = slice(i, i + c.device_tokens // c.seq_len)
+                t.train_pass(p, inputs[part, :-1], y[part, :, None], y.numel(), c, m, vocab - 1, phase, (0,))
             optimizer.step(1, 1.0, 1.0, 0.95)
     else:
         model = PlainGPT(c, vocab).to(m.device)
@@ -78,9 +81,10 @@ def make_step(which, c, m, vocab):
         xd, yd = x.to(m.device), y.to(m.device)
 
         def step():
-            with torch.autocast(m.device.type, m.dtype, enabled=m.dtype != torch.float32):
-                loss = forward(xd, yd)
-            loss.backward()
+            for x, y in zip(xd.split(c.device_tokens // c.seq_len), yd.split(c.device_tokens // c.seq_len)):
+                with torch.autocast(m.device.type, m.dtype, enabled=m.dtype != torch.float32):
+                    loss = forward(x, y) * len(x) / len(xd)
+                loss.backward()
             optimizer.step()
             optimizer.zero_grad()
     return step
@@ -89,6 +93,19 @@ def make_step(which, c, m, vocab):
 def synchronize(m):
     if m.device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def matrix_product(c, m):
+    """FLOPs per second of the best of ten square matrix products in the machine's dtype."""
+    n = 8192 if m.device.type == "cuda" else 2048
+    a, seconds = torch.randn(n, n, device=m.device, dtype=m.dtype), []
+    for _ in range(10):
+        synchronize(m)
+        began = time.perf_counter()
+        a @ a
+        synchronize(m)
+        seconds.append(time.perf_counter() - began)
+    return 2 * n ** 3 / min(seconds)
 
 
 def speed(c, m, vocab, rounds, steps):
@@ -105,9 +122,12 @@ def speed(c, m, vocab, rounds, steps):
                 step()
             synchronize(m)
             seconds[name].append((time.perf_counter() - began) / steps)
+    flops, peak = 3 * t.flops_per_token(c, vocab, t.phase_schedule(1.0, c)), matrix_product(c, m)
+    print(f"a matrix product: {peak / 1e12:.3g} TFLOP/s; a token's training: {flops:.4g} FLOPs")
     for name in which:
         low, middle, high = (c.batch_tokens / f(seconds[name]) for f in (max, statistics.median, min))
-        print(f"{name:18} {middle:10,.0f} tokens/s (lowest {low:,.0f}, highest {high:,.0f} of {rounds} rounds of {steps} steps)")
+        print(f"{name:18} {middle:10,.0f} tokens/s (lowest {low:,.0f}, highest {high:,.0f} of {rounds} rounds of {steps} steps)"
+              + (f", utilization {middle * flops / peak:.1%}" if name.startswith("tokenrun") else ""))
     for a in which[::2]:
         for b in which[1::2]:
             ratios = [y / x for x, y in zip(seconds[a], seconds[b])]
@@ -162,21 +182,20 @@ def peak_memory(which, c, m, vocab):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocab", type=int, default=257)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--vocab", type=int, help="for the speed (default: that of the track's tokenizer)")
     parser.add_argument("--memory_vocab", type=int, default=50304)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--loss", type=float, metavar="LR")
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)
-    for option in ("device", "attention", "compile"):
-        parser.add_argument(f"--{option}", default="auto")
-    for name in ("n_layer", "n_embd", "n_head", "mlp_hidden", "seq_len", "batch_tokens", "loss_chunk"):
-        parser.add_argument(f"--{name}", type=int, default=8192 if name == "batch_tokens" else getattr(t.Config, name))
-    parser.add_argument("--dtype", default="auto")
-    args = parser.parse_args()
-    c = t.Config(**{f.name: getattr(args, f.name) for f in dataclasses.fields(t.Config) if hasattr(args, f.name)}, device_tokens=args.batch_tokens)
+    own, rest = parser.parse_known_args()
+    try:
+        given, args = t.parse_args(rest)
+        c = t.make_config({"members": 1, "bag_until": 0.0} | given)
+    except t.Stop as e:
+        sys.exit(f"bench.py: {e.args[0]}")
+    vars(args).update(vars(own))
+    args.vocab = args.vocab or (257 if c.data == "pocket" else 50257)
     if args.memory_of:
         args.compile = "off"
     m = t.setup_machine(c, args)
@@ -189,7 +208,7 @@ def main():
     print(f"{c.n_layer} layers, width {c.n_embd}, {c.n_head} heads, SwiGLU {c.mlp_hidden}, {c.batch_tokens:,} tokens a step in sequences of {c.seq_len}")
     print(f"{t.hardware(m)}, {torch.get_num_threads()} threads, torch {torch.__version__}; " + "; ".join(f"{k}: {v}" for k, v in m.why.items()))
     print(f"\nspeed, vocabulary {args.vocab:,}, a whole step with its optimizer")
-    speed(c, m, args.vocab, args.rounds, args.steps)
+    speed(c, m, args.vocab, args.rounds, args.steps or 4)
     print(f"\npeak memory, vocabulary {args.memory_vocab:,}, in a process of its own")
     peaks = {}
     for which in ("tokenrun", "plain"):

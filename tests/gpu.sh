@@ -1,17 +1,27 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one command: the tests on the GPU, speed and memory against a plain model at two
-# shapes, and a short run. Leaves its output in the file named, gpu.txt by default. Needs an environment with the
-# packages of requirements.txt (any torch from 2.11 on) and the shards in data/pocket.
+# Everything that only a GPU can show, in three parts of less than ten minutes each:
+#     bash tests/gpu.sh tests   the tests that run on the GPU, and short runs with each kind of attention
+#     bash tests/gpu.sh speed   speed, utilization and memory against a plain model, at the shapes of `limited` and `tiny`
+#     bash tests/gpu.sh mini    the mini track, its audit, and a record's folder without its note: runs/mini
+# Output goes to the terminal and to gpu_PART.txt, or the file named. Needs an environment with the packages of requirements.txt (any torch from
+# 2.11 on) and the shards in data/pocket and data/mini.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=${1:-gpu.txt}
+part=${1:?tests, speed or mini}
 {
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
-    python -m pytest -q tests/test_model.py tests/test_optim.py
-    python tests/bench.py --n_layer 12 --n_embd 768 --n_head 6 --mlp_hidden 2048 --seq_len 2048 --batch_tokens 32768 --loss_chunk 4096 --vocab 50304
-    python tests/bench.py --n_layer 16 --n_embd 1024 --n_head 8 --mlp_hidden 2816 --seq_len 2048 --batch_tokens 65536 --loss_chunk 4096 --vocab 50304
-    for attention in varlen flex sdpa; do
-        run=$(mktemp -d)
-        python train_gpt.py --device cuda --attention "$attention" --steps 60 --run_dir "$run/run" && grep -E "^(attention|compiled|step 60|val_loss)" "$run/run/log.txt"
-    done
-} 2>&1 | tee "$out"
+    case $part in
+    tests)
+        python -m pytest -q tests/test_model.py tests/test_optim.py
+        for attention in varlen flex sdpa; do
+            run=$(mktemp -d)
+            python train_gpt.py --device cuda --attention "$attention" --steps 60 --run_dir "$run/run" && grep -E "^(attention|compiled|member . step 60|val_loss)" "$run/run/log.txt"
+        done ;;
+    speed)
+        python tests/bench.py --track limited --n_layer 10 --loop_times 0 --batch_tokens 65536
+        python tests/bench.py --track tiny --batch_tokens 65536 --device_tokens 32768 ;;
+    mini)
+        rm -rf runs/mini
+        python train_gpt.py --track mini --run_dir runs/mini && python records/audit.py runs/mini ;;
+    esac
+} 2>&1 | tee "${2:-gpu_$part.txt}"

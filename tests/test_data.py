@@ -134,12 +134,6 @@ def test_training_documents_do_not_recall_themselves_from_memory():
     assert (alone[:, 1:] == t.NOTHING).all()  # a single document knows of no other
 
 
-def test_held_out_tokens_are_not_in_memory():
-    known = three_letters(0, 30, 31, 100, 170, n=200)
-    c = t.Config(memory="2,4", train_tokens=200, holdout=0.25)
-    assert (t.Recall(known, BOS, c).inputs(known[None, 150:]) == t.Recall(known[:150], BOS, t.Config(memory="2,4", train_tokens=150)).inputs(known[None, 150:])).all()
-
-
 def test_what_is_recalled_travels_with_the_token():
     """Shuffled and cut into rows, each token keeps what its document recalls there."""
     _, tokens, c = loader_of(made_up_lengths(40))

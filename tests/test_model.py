@@ -176,8 +176,8 @@ def test_looped_layers_equal_the_unrolled_model(params, machine):
     p, x = params(c), random_tokens(2, c.seq_len, device=machine.device)
     unrolled = {k: v if k in ("wte", "lm_head") else v[list(layers)] for k, v in p.items()}
     wide = dataclasses.replace(c, n_layer=8, loop_times=0)
-    torch.testing.assert_close(forward(p, x, c, machine, BOS, (layers, c.seq_len, 1)),
-                               forward(unrolled, x, wide, machine, BOS, (tuple(range(8)), c.seq_len, 1)), rtol=0, atol=0)
+    torch.testing.assert_close(forward(p, x, c, machine, BOS, (layers, 1)),
+                               forward(unrolled, x, wide, machine, BOS, (tuple(range(8)), 1)), rtol=0, atol=0)
 
 
 def test_bags_against_a_plain_loop(params, machine):
@@ -194,14 +194,14 @@ def test_bags_against_a_plain_loop(params, machine):
             if BOS in tokens:
                 tokens = tokens[len(tokens) - 1 - tokens[::-1].index(BOS):]
             means[b, i] = p["wte"][tokens].mean(0)
-    got = forward(p, x, c, machine, BOS, ((0, 1), 64, bag))
+    got = forward(p, x, c, machine, BOS, ((0, 1), bag))
     # the same positions as single tokens of a vocabulary of their own: 1 begins a document, the embedding is the mean
     table = means.flatten(0, 1)
     ids = torch.arange(40, device=machine.device).view(2, 20)
     for b in range(2):  # one row at a time, for only one id can be the BOS: documents by hand
         firsts = [0] + [i for i in range(1, 20) if starts[b, i]] + [20]
         for first, end in zip(firsts, firsts[1:]):
-            alone = forward(p | {"wte": table}, ids[b:b + 1, first:end], c, machine, -1, ((0, 1), 64, 1))
+            alone = forward(p | {"wte": table}, ids[b:b + 1, first:end], c, machine, -1, ((0, 1), 1))
             torch.testing.assert_close(got[b:b + 1, first:end], alone, rtol=1e-4, atol=1e-5)  # RoPE is relative: a document may start anywhere
 
 
@@ -236,33 +236,6 @@ def test_switches_take_their_parameters_with_them(params, machine, switch):
     assert {k: tuple(v.shape) for k, v in without.items()} == t.param_shapes(off, 257)
     phase = t.phase_schedule(1.0, c)
     torch.testing.assert_close(forward(without, x, off, machine, BOS, phase), forward(harmless, x, c, machine, BOS, phase), rtol=1e-4, atol=1e-5)
-
-
-def test_xsa_takes_out_the_tokens_own_value(params, machine):
-    """With strength 1 a head's output is at right angles to its token's value; with 0 it is the model without."""
-    c = config(n_layer=1, xsa=True, attn_gate=False, value_proj=False, x0_mix=False, n_head=2)
-    p, x = params(c), random_tokens(1, 30, device=machine.device)
-    seen = []
-    attention = t.attention
-
-    def recorded(q, k, v, mask, impl):
-        seen.append((attention(q, k, v, mask, impl), v))
-        return seen[-1][0]
-    p["xsa"][:], plain = 0, {k: v for k, v in p.items() if k != "xsa"}
-    phase = t.phase_schedule(1.0, c)
-    torch.testing.assert_close(forward(p, x, c, machine, BOS, phase), forward(plain, x, dataclasses.replace(c, xsa=False), machine, BOS, phase))
-    p["xsa"][:] = 1
-    p["attn"][:, 3], p["mlp_out"][:] = torch.eye(c.n_embd, device=machine.device), 0  # the layer adds what its heads put out
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(t, "attention", recorded)
-        w = {name: bank[0] for name, bank in p.items() if name in ("attn", "mlp_in", "mlp_out", "xsa")}
-        x0 = torch.randn(1, 30, c.n_embd, device=machine.device)
-        cos, sin = t.rope_tables(30, c.n_embd // 2, machine.device, torch.float32)
-        masks = t.attention_masks(torch.zeros(1, 30, dtype=torch.bool, device=machine.device), [30], machine.attention, torch.float32)
-        y = (t.block(x0, x0, w, cos, sin, masks[30], machine.attention, 2, 0.0) - x0).view(1, 30, 2, -1)
-    (before, v), = seen
-    assert (y * v).sum(-1).abs().max() < 1e-3 * (before * v).sum(-1).abs().max()
-    torch.testing.assert_close(y + (before * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True) * v, before, rtol=1e-3, atol=1e-4)
 
 
 def test_iha_mixes_heads(params, machine):
@@ -502,22 +475,8 @@ def test_distillation_against_full_logits(machine, n_teachers, temp):
     torch.testing.assert_close(w1.grad, w2.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_the_streaming_mixture_is_the_mixture():
-    rng = np.random.default_rng(0)
-    p, shares, total = rng.random((5, 2, 30)), np.array([0.1, 0.4, 0.2, 0.25, 0.05]), None
+def test_the_streaming_ensemble_is_the_plain_mean():
+    p, total = np.random.default_rng(0).random((5, 2, 30)), None
     for n in range(5):
-        total = t.mix_nll(total, -np.log(p[n]).astype(np.float32), shares[n])
-    np.testing.assert_allclose(total, -np.log((shares[:, None, None] * p).sum(0)), rtol=1e-5)
-
-
-def test_a_mixture_is_fitted_to_held_out_tokens(machine, tmp_path, monkeypatch):
-    """Three models, of which one is right for a quarter of the tokens, one for the rest, and one never: shares of 1/4, 3/4 and 0."""
-    right = np.arange(4001) % 4 == 0
-    made = {0: np.where(right, 0.1, 9.0), 1: np.where(right, 9.0, 0.1), 2: np.full(4001, 5.0)}
-    monkeypatch.setattr(t, "load_weights", lambda run, number, *_: number)
-    monkeypatch.setattr(t, "stream_nll", lambda number, streams, *_: made[number][None])
-    c = config(members=3, holdout=0.1, select=2)
-    fitted = t.fit_mixture(tmp_path, c, machine, {"bos_id": BOS}, np.zeros(4001, np.uint16))
-    assert set(fitted) == {0, 1} and fitted[0] == pytest.approx(0.25, abs=0.01) and sum(fitted.values()) == pytest.approx(1)
-    assert [(number, share) for number, _, share in t.scored_models(tmp_path, c)] == list(fitted.items())
-    assert [share for _, _, share in t.scored_models(tmp_path, c, fitted=False)] == [1 / 3] * 3
+        total = t.mix_nll(total, -np.log(p[n]).astype(np.float32))
+    np.testing.assert_allclose(total + math.log(5), -np.log(p.mean(0)), rtol=1e-5)

@@ -155,10 +155,10 @@ def test_lr_schedule():
 
 
 def test_other_schedules():
-    c = t.Config(momentum_start=0.8, muon_momentum=0.9, momentum_warmup=0.5, wd_points="0:1,0.5:0.2,1:2", window_grow=0.25, window_short=64, seq_len=128)
+    c = t.Config(momentum_start=0.8, muon_momentum=0.9, momentum_warmup=0.5, wd_points="0:1,0.5:0.2,1:2", bag_size=4, bag_until=0.25)
     assert [t.momentum_schedule(x, c) for x in (0.0, 0.25, 0.5, 0.9)] == pytest.approx([0.8, 0.85, 0.9, 0.9])
     assert [t.wd_schedule(x, c) for x in (0.0, 0.25, 0.5, 0.75, 1.0)] == pytest.approx([1.0, 0.6, 0.2, 1.1, 2.0])
-    assert [t.phase_schedule(x, c)[1] for x in (0.0, 0.24, 0.25, 1.0)] == [64, 64, 128, 128]
+    assert [t.phase_schedule(x, c)[1] for x in (0.0, 0.24, 0.25, 1.0)] == [4, 4, 1, 1]
 
 
 def test_cycles():

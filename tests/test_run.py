@@ -415,13 +415,19 @@ def test_alpha_zero_is_independent_members(tiny_data, cli, tmp_path):
         "member 2 " + line for line in step_lines(tmp_path / "alone") if line.startswith("step")]
 
 
-def test_ema_is_the_average_of_the_path(tiny_data, cli, tmp_path, monkeypatch):
+@pytest.fixture
+def path(monkeypatch):
+    """The parameters after every optimizer step of the runs of this process."""
     path, step = [], t.MuonAdamW.step
 
     def recorded(self, *args):
         step(self, *args)
         path.append({name: w.detach().clone() for name, w in self.p.items()})
     monkeypatch.setattr(t.MuonAdamW, "step", recorded)
+    return path
+
+
+def test_ema_is_the_average_of_the_path(tiny_data, cli, tmp_path, path):
     assert cli(*options(**TINY | dict(ema=0.8), data=tiny_data), "--run_dir", tmp_path / "r", *PLAIN)[0] == 0
     c = t.make_config(TINY)
     for name, start_ in t.init_params(c, 257).items():
@@ -432,43 +438,18 @@ def test_ema_is_the_average_of_the_path(tiny_data, cli, tmp_path, monkeypatch):
         torch.testing.assert_close(weights(tmp_path / "r")[f"0 {name}"], average, rtol=1e-4, atol=1e-6)
 
 
-SNAPSHOTS = TINY | dict(recall="3", memory="2,5", cycles=3, cycle_from=0.4, snapshots=True, cycle_noise=0.01, members=2, holdout=0.2, select=4)
+def test_swa_is_the_mean_of_the_cycles_ends(tiny_data, cli, tmp_path, path):
+    assert cli(*options(**TINY | dict(cycles=3, cycle_from=0.4), data=tiny_data), "--run_dir", tmp_path / "r", *PLAIN)[0] == 0
+    for name, w in weights(tmp_path / "r").items():
+        torch.testing.assert_close(w, sum(path[step - 1][name[2:]] for step in (23, 31, 39)) / 3)
 
 
-@pytest.fixture(scope="module")
-def snapshots(tiny_data, tmp_path_factory):
-    return finish(tiny_data, tmp_path_factory.mktemp("runs") / "snapshots", SNAPSHOTS)
-
-
-def test_swa_is_the_mean_of_the_cycles_ends(tiny_data, cli, tmp_path):
-    """The same cycles, once as models of their own and once averaged."""
-    recipe = TINY | dict(cycles=3, cycle_from=0.4)
-    for name, changes in (("mean", {}), ("each", {"snapshots": True})):
-        assert cli(*options(**recipe | changes, data=tiny_data), "--run_dir", tmp_path / name, *PLAIN)[0] == 0
-    each = weights(tmp_path / "each")
-    for name in t.param_shapes(t.make_config(TINY), 257):
-        torch.testing.assert_close(weights(tmp_path / "mean")[f"0 {name}"], sum(each[f"{i} {name}"] for i in range(3)) / 3)
-    assert json.loads((tmp_path / "each" / "record.json").read_text())["scored"] == 3
-
-
-def test_selection_sees_held_out_training_tokens_and_never_validation(tiny_data, snapshots, tmp_path):
-    """Another validation text changes neither weights nor mixture; another held-out part changes the mixture and no weights."""
-    fitted = json.loads((snapshots / "mixture.json").read_text())
-    assert 1 <= len(fitted) <= 4 and set(fitted) <= set("012345") and sum(fitted.values()) == pytest.approx(1)
-    record = json.loads((snapshots / "record.json").read_text())
-    assert record["scored"] == len(fitted) and record["members"] == 2 and record["train_tokens"] == 20_000
-    for shard, places in (("val.bin", slice(600, 900)), ("train.bin", slice(512 + 16_000, 512 + 19_000))):
-        data, run = tmp_path / shard / "data", tmp_path / shard / "run"
-        shutil.copytree(tiny_data, data)
-        tokens = np.fromfile(data / shard, dtype="<u2")
-        tokens[places] = tokens[places][::-1]
-        tokens.tofile(data / shard)
-        meta = json.loads((data / "meta.json").read_text())
-        meta["sha256"][shard] = hashlib.sha256((data / shard).read_bytes()).hexdigest()
-        (data / "meta.json").write_text(json.dumps(meta))
-        finish(data, run, SNAPSHOTS)
-        assert all(torch.equal(w, weights(run)[name]) for name, w in weights(snapshots).items())
-        assert (json.loads((run / "mixture.json").read_text()) == fitted) == (shard == "val.bin")
+def test_killed_between_cycles(tiny_data, tmp_path):
+    cycles = dict(cycles=3, cycle_from=0.4, cycle_wd=0.5)
+    undisturbed, run = finish(tiny_data, tmp_path / "undisturbed", TINY | cycles), tmp_path / "run"
+    stop_after(tiny_data, run, 25, **cycles)
+    assert resume(run).returncode == 0
+    assert_same_end(run, undisturbed)
 
 
 def test_scoring_from_memory_needs_the_training_tokens(tiny_data, cli, tmp_path):
@@ -482,17 +463,6 @@ def test_scoring_from_memory_needs_the_training_tokens(tiny_data, cli, tmp_path)
     assert status == 2 and "train.bin" in err and len(err.strip().splitlines()) == 1
 
 
-def test_killed_between_cycles(tiny_data, snapshots, tmp_path):
-    run = tmp_path / "run"
-    process = start(tiny_data, run, recipe=SNAPSHOTS)
-    wait_for(run, lambda: len(t.saved(run, "weights")) == 2, process, 120)
-    process.kill()
-    process.wait()
-    assert resume(run).returncode == 0
-    assert_same_end(run, snapshots)
-    assert (run / "mixture.json").read_bytes() == (snapshots / "mixture.json").read_bytes()
-
-
 # ---- mistakes of the user: one line that names the option or file, status 2, nothing written
 
 BAD_OPTIONS = [
@@ -500,7 +470,7 @@ BAD_OPTIONS = [
     (["--batch_tokens", "1000"], "--batch_tokens"), (["--device_tokens", "32"], "--device_tokens"),
     (["--loop_times", "1", "--loop_first", "1", "--loop_last", "3"], "--loop_last"),
     (["--loop_times", "1", "--loop_first", "2", "--loop_last", "1"], "--loop_first"),
-    (["--loop_from", "1"], "--loop_from"), (["--window_grow", "1"], "--window_grow"), (["--window_pattern", "SXL"], "--window_pattern"), (["--dropout", "1.0"], "--dropout"), (["--dropout", "-0.1"], "--dropout"),
+    (["--loop_from", "1"], "--loop_from"), (["--window_pattern", "SXL"], "--window_pattern"), (["--dropout", "1.0"], "--dropout"), (["--dropout", "-0.1"], "--dropout"),
     (["--warmup", "0.5", "--warmdown", "0.6"], "--warmdown"), (["--epochs", "nan"], "--epochs"), (["--epochs", "0"], "--epochs"),
     (["--muon_lr", "fast"], "--muon_lr"), (["--unet", "2"], "--unet"), (["--wd_points", "0.5:1,0:1"], "--wd_points"), (["--wd_points", "x"], "--wd_points"), (["--recall", "4,x"], "--recall"), (["--memory", "0"], "--memory"),
     (["--dtype", "fp8"], "--dtype"), (["--track", "nonesuch"], "--track"), (["--train_tokens", "40000"], "--train_tokens"),
@@ -508,7 +478,7 @@ BAD_OPTIONS = [
     (["--members", "0"], "--members"), (["--student", "depth=3", "--distill_alpha", "0.5"], "--student"), (["--student", "n_layer=2"], "--student"),
     (["--student", "distill_alpha=0.5,n_layer=x"], "cannot be read"), (["--bag_until", "1"], "--bag_until"), (["--ema", "1"], "--ema"),
     (["--distill_temp", "0"], "--distill_temp"),
-    (["--snapshots", "1"], "--snapshots"), (["--cycles", "2", "--ema", "0.9"], "--cycles"), (["--holdout", "1"], "--holdout"), (["--cycles", "30"], "--cycles"),
+    (["--cycles", "2", "--ema", "0.9"], "--cycles"), (["--cycles", "30"], "--cycles"),
 ]
 
 
