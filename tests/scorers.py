@@ -12,12 +12,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 V, BOS = 257, 256
 
-def text(names, n):
-    """n tokens of this project's own files: a BOS, then the bytes of each."""
-    data = np.concatenate([np.append(BOS, np.frombuffer((ROOT / name).read_bytes(), np.uint8)) for name in names]).astype(np.uint16)
-    return np.tile(data, -(-n // len(data)))[:n]
-
-TRAIN, VAL = text(["train_gpt.py"], 60_000), text(["tests/test_run.py", "tests/test_model.py", "tests/test_data.py", "tests/bench.py", "README.md"], 60_000)
+# a script as a record's log holds it: real text that does not change as the project does
+TEXT = np.frombuffer((ROOT / "records" / "pocket" / "2026-11-22_mtp-iha" / "log.txt").read_bytes(), np.uint8).astype(np.uint16)
+TRAIN, VAL = (np.append(BOS, part).astype(np.uint16) for part in (TEXT[:59_999], TEXT[59_999:119_998]))
 
 def pairs(first, second):
     """How often each token follows each, [V, V]."""
