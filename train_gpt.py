@@ -1394,7 +1394,7 @@ def dry_run(c, n_ranks):
     m = Machine(torch.device("cpu"), torch.float32 if c.dtype == "fp32" else torch.bfloat16, 0, n_ranks, "varlen" if gpu else "sdpa", compiled=True)
     nothing = np.broadcast_to(np.uint16(0), (c.train_tokens, 1 + recalled(c)))
     runs, peak = [(one, Schedule(nothing, NOTHING, one, m), taught) for one, taught in lessons(c)], 0
-    print(f"{c.track}: {len(runs)} model(s) on {n_ranks} {'GPU' if gpu else 'CPU process'}(es)")
+    print(f"{c.track}: {len(runs)} model(s) on {n_ranks} {'GPU(s)' if gpu else 'CPU process(es)'}")
     for one, schedule, taught in distinct(runs):
         n_params = sum(math.prod(shape) for shape in param_shapes(one, vocab_size).values())
         print(f"{n_params:,} parameters, {len(taught)} teacher(s), {schedule.total:,} steps of {one.batch_tokens:,} tokens")
