@@ -48,7 +48,7 @@ if torch.cuda.is_available():  # neither trains on a CPU, and they take seconds 
 
 HERE, SCRIPT = Path(__file__).resolve().parent, Path(__file__).name
 SOURCE = Path(__file__).read_bytes()  # read at the start, so that the log shows what runs and not a later edit
-SOURCE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
+SOURCE_SHA256, SOURCE_END = hashlib.sha256(SOURCE).hexdigest(), "\n==== end of source"
 ASKED = ("steps", "device", "attention", "compile")  # the options beside Config's that hold when a run is resumed
 
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -94,7 +94,8 @@ class Config:
     dropout: float = 0.0           # of what each attention and each MLP adds to the residual stream
     # learning more from the same tokens
     members: int = 1               # models trained one after the other, each from its own seed; their probabilities are averaged
-    distill_alpha: float = 0.0     # chain distillation: from the second member on, this share of the loss is KL to the member before
+    chains: int = 1                # the members form so many chains of equal length ...
+    distill_alpha: float = 0.0     # ... in which, from the second member on, this share of the loss is KL to the member before (chain distillation)
     distill_temp: float = 1.0      # ... between distributions at this temperature
     student: str = ""              # after the members one model, with these changes to the recipe, learns from all of them and alone is scored
     bag_size: int = 1              # token superposition (2605.06546): bags of so many tokens in, the next bag's tokens out ...
@@ -102,10 +103,6 @@ class Config:
     mtp_weight: float = 0.0        # of an auxiliary loss on the token after the next (2404.19737); its projection is not used in scoring
     iha: bool = False              # queries, keys and values of a layer's heads are mixed by learned matrices (2602.21371)
     ema: float = 0.0               # the final weights are an exponential average over training, with this decay per step
-    cycles: int = 0                # so many cosine cycles of the learning rates, whose ends are averaged (SWA, 1803.05407) ...
-    cycle_from: float = 0.5        # ... in training from this fraction on
-    cycle_lr: float = 0.5          # ... from this multiple of the rates down to final_lr
-    cycle_wd: float = 0.0          # ... with weight decay in anti-phase: from (1 - cycle_wd) up to (1 + cycle_wd) times
     # training
     epochs: float = 3.2            # passes over train_tokens (steps of bags count as steps of single tokens do)
     batch_tokens: int = 4096       # tokens per optimizer step, over all ranks
@@ -124,8 +121,7 @@ class Config:
     weight_decay: float = 0.1      # decoupled, times the learning rate; on all but gates and scalars
     wd_points: str = "0:1"         # its course: fraction of training : multiple of weight_decay, linear in between
     warmup: float = 0.01           # fraction of training until the learning rates reach their height
-    warmdown: float = 0.6          # last fraction of training, in which they fall to final_lr ...
-    warmdown_power: float = 1.0    # ... along (what is left of it) to this power
+    warmdown: float = 0.6          # last fraction of training, in which they fall to final_lr
     final_lr: float = 0.0          # a multiple, like all lr schedules here
     # housekeeping
     probes: int = 8                # training in so many parts, and between them a look at the first probe_tokens of validation
@@ -136,7 +132,8 @@ class Config:
 
 FINEWEB = dict(
     data="fineweb", train_tokens=100_000_000, seq_len=2048, window_short=1024, batch_tokens=524_288, device_tokens=16_384,
-    loss_chunk=4096, embed_lr=0.15, head_lr=0.001, dropout=0.1, warmup=0.0, probes=12, probe_tokens=1_048_576, save_every=500)
+    loss_chunk=4096, embed_lr=0.15, head_lr=0.001, dropout=0.1, warmup=0.0, probes=12, probe_tokens=1_048_576, save_every=500,
+    mtp_weight=0.3, iha=True, ema=0.995)  # these three by pocket's ablations
 
 DEEP = FINEWEB | dict(n_layer=30, n_embd=1792, n_head=14, mlp_hidden=4864, epochs=18, muon_lr=0.01, weight_decay=1.3,
                       loop_first=15, loop_last=24, loop_times=2, loop_from=0.5)
@@ -147,10 +144,10 @@ PRESETS = {  # the FineWeb tracks': shapes and recipes of the published Slowrun 
     "pocket": POCKET | dict(n_embd=128, mlp_hidden=352, muon_lr=0.03, weight_decay=0.4, epochs=1.9, members=2,
                             bag_size=2, bag_until=0.15, loop_first=1, loop_last=2, loop_times=1, loop_from=0.7),
     "pocket_unlimited": POCKET | dict(weight_decay=0.25, epochs=6.0, members=3),
-    "mini": dict(data="mini", train_tokens=10_000_000, n_layer=12, n_embd=512, n_head=4, mlp_hidden=1408, seq_len=1024,
+    "mini": dict(data="mini", train_tokens=10_000_000, n_layer=12, n_embd=768, n_head=6, mlp_hidden=2112, seq_len=1024,
                  window_short=512, batch_tokens=65_536, device_tokens=65_536, loss_chunk=8192, dropout=0.1, weight_decay=0.8,
-                 epochs=10, probe_tokens=262_144, save_every=500),
-    "tiny": FINEWEB | dict(n_layer=16, n_embd=1024, n_head=8, mlp_hidden=2816, epochs=15, muon_lr=0.04, weight_decay=0.8,
+                 epochs=10, probe_tokens=262_144, save_every=500, mtp_weight=0.3, iha=True, ema=0.995),
+    "tiny": FINEWEB | dict(n_layer=16, n_embd=1024, n_head=8, mlp_hidden=2816, epochs=13, muon_lr=0.04, weight_decay=0.8,
                            wd_points="0:1,0.125:1,0.5:0.125,1:1.5625", device_tokens=65_536),
     "limited": DEEP | dict(epochs=11, loop_last=20, loop_times=1, loop_from=0.64),
     "two_hour": DEEP | dict(device_tokens=8192),
@@ -158,10 +155,9 @@ PRESETS = {  # the FineWeb tracks': shapes and recipes of the published Slowrun 
 
 def check_config(c):
     """Refuse what cannot be trained, before anything is loaded."""
-    below_one = {"dropout", "loop_from", "bag_until", "ema", "cycle_from"}  # at 1 nothing would be left, or the phase never come
-    zero_is_fine = {"seed", "loop_first", "loop_last", "loop_times", "probes", "cycles"}
-    not_fractions = {"softcap", "epochs", "muon_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "warmdown_power", "final_lr",
-                     "distill_temp", "mtp_weight", "cycle_lr"}
+    below_one = {"dropout", "loop_from", "bag_until", "ema"}  # at 1 nothing would be left, or the phase never come
+    zero_is_fine = {"seed", "loop_first", "loop_last", "loop_times", "probes"}
+    not_fractions = {"softcap", "epochs", "muon_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "final_lr", "distill_temp", "mtp_weight"}
     for f in dataclasses.fields(c):
         value = getattr(c, f.name)
         if f.type is int:
@@ -179,10 +175,10 @@ def check_config(c):
     require(c.device_tokens >= c.seq_len, f"--device_tokens {c.device_tokens}: must hold one sequence of --seq_len {c.seq_len}")
     require(c.train_tokens > 1, f"--train_tokens {c.train_tokens}: must be 2 or more")
     require(c.window_pattern and not set(c.window_pattern) - set("SL"), f"--window_pattern {c.window_pattern!r}: write it in S and L")
-    require(c.softcap > 0 and c.epochs > 0 and c.distill_temp > 0,
-            f"--softcap {c.softcap:g} --epochs {c.epochs:g} --distill_temp {c.distill_temp:g}: must be above 0")
+    for name in ("softcap", "epochs", "distill_temp"):
+        require(getattr(c, name) > 0, f"--{name} {getattr(c, name):g}: must be above 0")
     require(c.warmup + c.warmdown <= 1, f"--warmup {c.warmup:g} --warmdown {c.warmdown:g}: together more than all of training")
-    require(not (c.cycles and c.ema), f"--cycles {c.cycles} --ema {c.ema:g}: two averages of the weights; choose one")
+    require(c.members % c.chains == 0, f"--members {c.members} --chains {c.chains}: chains are of equal length; choose a multiple")
     require(c.loop_times == 0 or c.loop_first <= c.loop_last < c.n_layer,
             f"--loop_first {c.loop_first} --loop_last {c.loop_last}: not a range of the model's layers 0 to {c.n_layer - 1}")
     require(c.dtype in ("auto", "bf16", "fp32"), f"--dtype {c.dtype}: choose auto, bf16 or fp32")
@@ -203,7 +199,7 @@ def models(c):
     if not c.student:
         return members
     changes = dict(change.partition("=")[::2] for change in c.student.split(","))
-    fixed = {"track", "data", "train_tokens", "seed", "members", "student", "recall", "memory"}
+    fixed = {"track", "data", "train_tokens", "seed", "members", "chains", "student", "recall", "memory"}
     unfit = [name for name in changes if name not in Config.__dataclass_fields__ or name in fixed]
     require(not unfit, f"--student {c.student}: write name=value pairs with commas between, of recipe options; {(unfit or [''])[0]!r} is none")
     return [*members, dataclasses.replace(members[0], seed=c.seed + 1000 * c.members, **typed(changes))]
@@ -211,7 +207,7 @@ def models(c):
 def lessons(c):
     """(Config, those of its teachers) of each model that a run trains, in order."""
     trained = models(c)
-    return [(one, [trained[k - 1]] if c.distill_alpha and 0 < k < c.members else trained[:c.members] if k == c.members else [])
+    return [(one, trained[:c.members] if k == c.members else [trained[k - 1]] if c.distill_alpha and k % (c.members // c.chains) else [])
             for k, one in enumerate(trained)]
 
 def typed(values):
@@ -838,27 +834,15 @@ def lr_schedule(done, c):
     neither the first nor the last step is wasted on a rate of zero."""
     if done < c.warmup:
         return done / c.warmup
-    if c.cycles and done >= c.cycle_from:
-        return c.final_lr + (c.cycle_lr - c.final_lr) * (1 + math.cos(math.pi * cycle_position(done, c))) / 2
     if done > 1 - c.warmdown:
-        return c.final_lr + (1 - c.final_lr) * ((1 - done) / c.warmdown) ** c.warmdown_power
+        return c.final_lr + (1 - c.final_lr) * (1 - done) / c.warmdown
     return 1.0
 
 def momentum_schedule(done, c):
-    warm = min(1.0, done / c.momentum_warmup) if c.momentum_warmup else 1.0
-    return c.momentum_start + (c.muon_momentum - c.momentum_start) * warm
-
-def cycle_position(done, c):
-    """How much of the present cycle is done, in [0, 1)."""
-    return (done - c.cycle_from) / (1 - c.cycle_from) * c.cycles % 1
-
-def cycle_ends(total, c):
-    """The numbers of steps after which a cycle ends."""
-    return [round(total * (c.cycle_from + (1 - c.cycle_from) * (j + 1) / c.cycles)) for j in range(c.cycles)]
+    return c.momentum_start + (c.muon_momentum - c.momentum_start) * min(1.0, done / max(c.momentum_warmup, 1e-9))
 
 def wd_schedule(done, c):
-    swing = -c.cycle_wd * math.cos(math.pi * cycle_position(done, c)) if c.cycles and done >= c.cycle_from else 0.0
-    return float(np.interp(done, *zip(*wd_points(c)))) * (1 + swing)
+    return float(np.interp(done, *zip(*wd_points(c))))
 
 def wd_points(c):
     return [tuple(map(float, point.split(":"))) for point in c.wd_points.split(",")]
@@ -1104,7 +1088,6 @@ class Schedule:
     def __init__(self, inputs, bos_id, c, m, steps=None):
         self.plain = Loader(inputs, bos_id, c, m.rank, m.world_size)
         self.total = min(self.plain.steps, steps or self.plain.steps)
-        require(self.total * (1 - c.cycle_from) >= c.cycles, f"--cycles {c.cycles}: more than there are steps from --cycle_from {c.cycle_from:g} on")
         self.phases = [phase_schedule((step + 0.5) / self.total, c) for step in range(self.total)]
         self.n_bags = sum(bag > 1 for _, bag in self.phases)
         self.bags = Loader(inputs, bos_id, c, m.rank, m.world_size, c.bag_size) if self.n_bags else None
@@ -1134,7 +1117,7 @@ def compile_all(runs, m, meta):
     """Compile every phase of training on made-up tokens; where that fails, go on without. runs: (Config, Schedule, teachers' configs) of
     each model that is to be trained. Returns the seconds it took."""
     began, vocab_size = time.monotonic(), meta["vocab_size"]
-    if m.compiled:
+    if m.compiled and runs:
         if m.rank == 0:
             print("compiling, for half a minute or so ...", flush=True)
         try:
@@ -1144,23 +1127,23 @@ def compile_all(runs, m, meta):
                 for phase in sorted(set(schedule.phases)):
                     for rows in {len(part) for part in torch.arange(len(schedule.plain.share)).split(c.device_tokens // c.seq_len)}:
                         x = torch.zeros(rows, c.seq_len * phase[1], 1 + recalled(c), dtype=torch.long)
-                        train_pass(p, x, x[..., 0].unflatten(1, (-1, phase[1])), 1, c, m, meta["bos_id"], phase, (0,), teachers)
+                        train_pass(p, x, x[..., 0].contiguous().unflatten(1, (-1, phase[1])), 1, c, m, meta["bos_id"], phase, (0,), teachers)
         except RuntimeError as e:  # as which torch._dynamo passes on whatever the compiler ran into
             set_compiled(m, "auto", f"the compiler failed, {first_line(e)}")
     all_reduce(m, torch.zeros(1, device=m.device)).item()  # waiting for the slowest rank is compilation, too
     return time.monotonic() - began
 
-def train(c, run, m, meta, schedules, probe, asked_to_stop):
-    """Train the models of a run from its last checkpoint, or from the start. probe: inputs [1, length, 1 + recalled(c)] that are looked at in
-    between. Returns (progress, [(Config, Schedule, teachers)], Log)."""
+def train(c, runs, run, m, meta, probe, asked_to_stop):
+    """Train the models of a run from its last checkpoint, or from the start. runs: (Config, Schedule, its teachers' configs) of each;
+    probe: inputs [1, length, 1 + recalled(c)] that are looked at in between. Returns (progress, Log)."""
     state = load_state(run)
     progress, trained = state["progress"], models(c)
+    progress["ranks"] = max(m.world_size, progress.get("ranks", 0))
     log = Log(run, m, progress["log_bytes"])
-    runs = [(one, schedule, taught) for (one, taught), schedule in zip(lessons(c), schedules)]
     if progress["log_bytes"]:
         log(f"resumed at step {progress['step']} of model {progress['model'] + 1}")
     else:
-        log(f"==== source {SCRIPT} bytes={len(SOURCE)} sha256={SOURCE_SHA256}\n{SOURCE.decode()}\n==== end of source", show=False)
+        log(f"==== source {SCRIPT} bytes={len(SOURCE)} sha256={SOURCE_SHA256}\n{SOURCE.decode()}{SOURCE_END}", show=False)
         log(f"config {json.dumps(dataclasses.asdict(c))}\ndata {json.dumps(meta)}", show=False)
         n_params = sum(math.prod(shape) for shape in param_shapes(c, meta["vocab_size"]).values())
         log(f"run {run}: track {c.track}, {len(trained)} model(s), the first of {n_params:,} parameters, {runs[0][1].total} steps of {c.batch_tokens:,} tokens, "
@@ -1192,14 +1175,13 @@ def train(c, run, m, meta, schedules, probe, asked_to_stop):
                 log(f"member {k + 1} done: val_loss {mean_nll(nll):.4f}, the members so far together {together:.4f}, on the first {nll.size:,} tokens")
         if new:
             save_state(run, {}, None, {}, progress, log, m)
-    return progress, runs, log
+    return progress, log
 
 def train_model(k, c, run, m, meta, schedule, teachers, state, progress, log, probe, start, asked_to_stop, n_models):
     """Train one model of a run, from the state of a checkpoint or from the start. Returns its final weights."""
     bos_id, total = meta["bos_id"], schedule.total
     p = {name: w.to(m.device).requires_grad_() for name, w in init_params(c, meta["vocab_size"]).items()}
-    optimizer, ema = MuonAdamW(p, c, m), {name: w.detach().clone() for name, w in p.items()} if c.ema or c.cycles else {}
-    ends = cycle_ends(total, c) if c.cycles else []
+    optimizer, ema = MuonAdamW(p, c, m), {name: w.detach().clone() for name, w in p.items()} if c.ema else {}
     if state:
         with torch.no_grad():
             for target, source in ((p, state["params"]), (ema, state["ema"])):
@@ -1218,8 +1200,7 @@ def train_model(k, c, run, m, meta, schedule, teachers, state, progress, log, pr
             loss += train_pass(p, xs, ys, n_targets, c, m, bos_id, phase, (c.seed, step, m.rank, i), teachers)
         optimizer.step(step, lr, wd_schedule(done, c), momentum_schedule(done, c))
         for name, w in ema.items():
-            share = 1 - min(c.ema, (step + 1) / (step + 10)) if c.ema else 1 / (ends.index(step + 1) + 1) if step + 1 in ends else 0
-            w.lerp_(p[name].detach(), share)  # a young exponential average forgets its first steps
+            w.lerp_(p[name].detach(), 1 - min(c.ema, (step + 1) / (step + 10)))  # a young average forgets its first steps
         loss, stopping = all_reduce(m, torch.stack([loss, torch.tensor(float(bool(asked_to_stop)), device=m.device)])).tolist()
         saving = (step + 1) % c.save_every == 0 or step + 1 == total or stopping
         if not math.isfinite(loss) or saving and not all(w.isfinite().all() for w in p.values()):  # the same on every rank
@@ -1241,7 +1222,7 @@ def train_model(k, c, run, m, meta, schedule, teachers, state, progress, log, pr
             raise Stop(f"stopped at {who}step {step + 1}/{total} and saved; go on with: python {SCRIPT} --resume {run}", 130)
     return ema or p
 
-def finish(progress, runs, log, c, run, m, meta, recall, val_tokens, steps):
+def finish(progress, log, c, runs, run, m, meta, recall, val_tokens, steps):
     """After the clock: score the final weights, write the record."""
     nll = run_nll(run, recall.inputs(val_tokens[None]), c, m, meta, log)
     if m.rank > 0:
@@ -1256,10 +1237,10 @@ def finish(progress, runs, log, c, run, m, meta, recall, val_tokens, steps):
         "parameters": sum(math.prod(shape) for one in scored for shape in param_shapes(one, vocab_size).values()),
         "train_flops": sum(train_flops(one, schedule, vocab_size, taught) for one, schedule, taught in runs),
         "score_flops_per_token": sum(flops_per_token(one, vocab_size, phase_schedule(1.0, one)) for one in scored),
-        "source_sha256": SOURCE_SHA256, "data_sha256": meta["sha256"], "hardware": hardware(m), "ranks": m.world_size,
+        "source_sha256": SOURCE_SHA256, "data_sha256": meta["sha256"], "hardware": hardware(m), "ranks": progress["ranks"],
         "threads": torch.get_num_threads(), "torch": torch.__version__, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    peak = torch.cuda.max_memory_allocated(m.device) if m.device.type == "cuda" else peak_rss
+    rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated(m.device) if m.device.type == "cuda" else rss
     log(f"trained for {progress['seconds']:.1f} s, {record['tokens_seen']:,} tokens seen, {record['train_flops']:.4g} FLOPs, "
         f"peak memory {peak / 2 ** 20:.0f} MiB")
     try:
@@ -1275,14 +1256,13 @@ def finish(progress, runs, log, c, run, m, meta, recall, val_tokens, steps):
 
 def train_command(given, args):
     """A new run, or the rest of one."""
-    run = args.resume
-    if run:
+    if run := args.resume:
         c, meta, asked = read_run(run)
         vars(args).update({name: value for name, value in asked.items() if getattr(args, name) in (None, "auto")})
         more, student = given.get("members", c.members), given.get("student", c.student)
-        require(more >= c.members and (more == c.members and student == c.student or not c.student),
-                f"--members {more} --student {student}: the run has {c.members}{' and its student' if c.student else ''}; "
-                "it can be given more members, or a student, before it has one")
+        require(more >= c.members and (more == c.members or c.chains == 1 and not c.student) and (student == c.student or not c.student),
+                f"--members {more} --student {student}: the run has {c.members}{' in several chains' * (c.chains > 1)}{' and its student' * bool(c.student)}; "
+                "one chain can be given more members, and any a student, before it has one")
         c = dataclasses.replace(c, members=more, student=student)
         check_config(c)
         finished = (run / "record.json").exists() and read_json(run / "record.json", lambda record: record["members"] == len(models(c)))
@@ -1301,7 +1281,7 @@ def train_command(given, args):
     require(len(train_tokens) >= c.train_tokens, f"--train_tokens {c.train_tokens}: the training shard holds only {len(train_tokens)}; lower it")
     recall = Recall(train_tokens[:c.train_tokens], meta["bos_id"], c)
     inputs = recall.inputs()[0]
-    schedules = [Schedule(inputs, meta["bos_id"], one, m, args.steps) for one in models(c)]
+    runs = [(one, Schedule(inputs, meta["bos_id"], one, m, args.steps), taught) for one, taught in lessons(c)]
     if m.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         content = {name: getattr(args, name) for name in ASKED} | {"config": dataclasses.asdict(c), "data": meta}
@@ -1314,9 +1294,37 @@ def train_command(given, args):
         asked_to_stop.append(time.monotonic())
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
-    trained = train(c, run, m, meta, schedules, recall.inputs(val_tokens[None, :c.probe_tokens]), asked_to_stop)
+    trained = train(c, runs, run, m, meta, recall.inputs(val_tokens[None, :c.probe_tokens]), asked_to_stop)
     asked_to_stop.insert(0, -math.inf)
-    finish(*trained, c, run, m, meta, recall, val_tokens, args.steps)
+    finish(*trained, c, runs, run, m, meta, recall, val_tokens, args.steps)
+
+def join_runs(folders, run):
+    """--join RUN RUN ...: finished runs of one recipe and different seeds, each a chain trained apart, become one run that is trained but not
+    scored, as if they had run side by side: the clock is the slowest one's, their ranks add up."""
+    parts = [(path, *read_run(path)[:2], load_state(path)["progress"]) for path in folders]
+    _, c, meta, _ = parts[0]
+    seeds, text = {one.seed for _, part, _, _ in parts for one in models(part)}, []
+    joined = dataclasses.replace(c, members=c.members * len(parts), chains=len(parts))
+    for path, part, data, _ in parts:
+        require((path / "record.json").exists(), f"--join {path}: is not finished; go on with --resume {path}")
+        require((dataclasses.replace(part, seed=c.seed), data, part.chains, part.student) == (c, meta, 1, ""),
+                f"--join {path}: differs from {folders[0]} in more than the seed, or has chains or a student already")
+    require(run and not run.exists() and len(seeds) == joined.members > c.members, "--join: name several runs of different seeds, and with --run_dir a new folder")
+    run.mkdir(parents=True)
+    for i, (path, part, _, progress) in enumerate(parts):
+        head, _, lines = (path / "log.txt").read_bytes()[:progress["log_bytes"]].decode().partition(SOURCE_END)
+        text = text or [f"{head}{SOURCE_END}\nconfig {json.dumps(dataclasses.asdict(joined))}\ndata {json.dumps(meta)}"]
+        text += [f"chain {i + 1} of {len(parts)}: {progress['ranks']} rank(s), {progress['seconds']:.1f} s, seed {part.seed}{lines}".rstrip()]
+        text[-1] = re.sub(r"(?m)^(?:member (\d+) )?(?=(step|probe) \d|done:)", lambda found: f"member {i * c.members + int(found[1] or 1)} ", text[-1])
+        for k in range(c.members):
+            weights = next(path.glob(f"weights-{k:07d}.*.pt"))
+            shutil.copy(weights, run / weights.name.replace(f"{k:07d}", f"{i * c.members + k:07d}"))
+    log = "\n".join([*text, ""]).encode()
+    write_file(run / "log.txt", log)
+    clock = {name: total(progress[name] for *_, progress in parts) for name, total in (("seconds", max), ("compile_seconds", max), ("ranks", sum))}
+    save_tensors(run, "state", joined.members * 10 ** 7, {"params": {}, "source": SOURCE_SHA256, "progress": {"model": joined.members, "step": 0, "log_bytes": len(log)} | clock})
+    write_file(run / "config.json", json.dumps(read_json(folders[0] / "config.json", dict) | {"config": dataclasses.asdict(joined)}, indent=1).encode())
+    print(f"{run}: {joined.members} members in {len(parts)} chains; score them with: python {SCRIPT} --resume {run}")
 
 # ---- dry run ----------------------------------------------------------------------------------------------------------
 
@@ -1368,7 +1376,7 @@ def step_memory(c, teachers, phase, vocab_size, m):
     c = dataclasses.replace(c, window_pattern="L") if gpu else c
     m = dataclasses.replace(m, attention="sdpa", objective_chunk=noted_chunk, block=compiled_block if m.compiled else block)
     with ledger:
-        averages = [c] if c.ema or c.cycles else []
+        averages = [c] if c.ema else []
         p, *others = [{name: torch.zeros(shape) for name, shape in param_shapes(one, vocab_size).items()} for one in (c, *teachers, *averages)]
         kinds["weights"] = ledger.live
         optimizer = MuonAdamW({name: w.requires_grad_() for name, w in p.items()}, c, m)
@@ -1430,6 +1438,7 @@ def parse_args(argv):
     parser.add_argument("--length", type=int, default=500, metavar="N")
     parser.add_argument("--run_dir", type=Path, metavar="DIR", help="folder of a new run (default: runs/TRACK_TIME_SEED)")
     what.add_argument("--dry_run", type=int, nargs="?", const=0, metavar="GPUS", help="say what a run would take on so many GPUs (as many as the track allows), and train nothing")
+    what.add_argument("--join", type=Path, nargs="+", metavar="RUN", help="make one run, --run_dir, of finished chains that were trained apart")
     parser.add_argument("--steps", type=int, metavar="N", help="squeeze a new run into N steps: a trial, never a record")
     for name, choices in (("device", "auto cpu cuda"), ("attention", "auto varlen flex sdpa"), ("compile", "auto on off")):
         parser.add_argument(f"--{name}", default="auto", choices=choices.split())
@@ -1440,8 +1449,10 @@ def parse_args(argv):
             dict(type=int, choices=(0, 1)) if f.type is bool else dict(type=f.type, metavar={int: "N", float: "X", str: "TEXT"}[f.type])))
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
-    unfit = [*(name for name in given if not (args.resume and name in ("members", "student"))), *(name for name in ("run_dir", "steps") if getattr(args, name))]
-    require(not unfit or not (args.resume or args.score or args.sample), f"--{(unfit or [''])[0]}: a run keeps its own, leave it out")
+    if args.run_dir and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (args.run_dir / "config.json").exists():
+        given, args.resume, args.run_dir, args.steps = {}, args.run_dir, None, None  # torchrun begins the same command again after a rank was lost
+    unfit = [*(name for name in given if not (args.resume and name in ("members", "student"))), *(name for name in ("run_dir", "steps") if getattr(args, name) and not args.join)]
+    require(not unfit or not (args.resume or args.score or args.sample or args.join), f"--{(unfit or [''])[0]}: a run keeps its own, leave it out")
     require(args.steps is None or args.steps > 0, f"--steps {args.steps}: must be 1 or more")
     require(not args.run_dir or not (args.run_dir / "config.json").exists(),
             f"--run_dir {args.run_dir}: already holds a run; go on with --resume {args.run_dir}, or name another folder")
@@ -1451,18 +1462,20 @@ def make_config(given):
     """The track's preset with the given values on top."""
     track = given.get("track", "pocket")
     require(track in PRESETS, f"--track {track}: choose one of {', '.join(PRESETS)}")
-    values = PRESETS[track] | {"track": track} | given
-    c = Config(**typed(values))
+    c = Config(**typed(PRESETS[track] | {"track": track} | given))
     check_config(c)
     return c
 
 def main():
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         given, args = parse_args(sys.argv[1:])
         if args.score:
             score_command(args)
         elif args.dry_run is not None:
             dry_run(make_config(given), args.dry_run)
+        elif args.join:
+            join_runs(args.join, args.run_dir)
         elif args.sample:
             print(sample(args.sample, *load_run(args.sample, args), args.prompt, args.length))
         else:
@@ -1474,7 +1487,11 @@ def main():
         message, status = (*e.args, 2)[:2] if isinstance(e, Stop) else ("interrupted", 130)
     except OSError as e:  # reading is checked where it happens: this is a disk that is full, or may not be written
         message, status = f"cannot write {e.filename or 'in the run folder'}: {e.strerror}; what was saved is intact, --resume goes on", 1
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    except RuntimeError as e:
+        if not dist.is_initialized() or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            raise
+        message, status, speaks = f"the connection to another rank is lost ({first_line(e)}); --resume goes on from the last checkpoint", 1, True
+    if speaks:
         print(f"{SCRIPT}: {message}", file=sys.stderr)
     sys.exit(status)
 

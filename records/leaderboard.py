@@ -43,6 +43,7 @@ CLAIMS = {  # of each run in record.json, as train_gpt.py writes them: name -> t
 ADDED = {"log": str, "val_nll": str, "weights_sha256": str}  # by submit
 TESTED = {"test_nll": str, "test_loss": float}               # by submit, last
 STEP = re.compile(r"(?:member (\d+) )?step (\d+)/(\d+) epoch (\d+\.\d+) loss (\d+\.\d+) .*?\btime (\d+\.\d+)s")
+CHAIN = re.compile(r"chain (\d+) of \d+: (\d+) rank\(s\)")
 SCORE = re.compile(r"val_loss (\d+\.\d+) nats per token, (\d+\.\d+) bits per byte, (\d[\d,]*) tokens scored")
 
 # ---- reading ----------------------------------------------------------------------------------------------------------
@@ -234,7 +235,7 @@ def verify_log(faults, path, run, dataset, hashes):
     marks = [i for i, line in enumerate(lines) if line.startswith("----")]
     if len(marks) >= 2:
         del lines[marks[0]:marks[-1] + 1]  # what the model wrote on its own is no part of the log's claims
-    verify_steps(expect, [STEP.match(line) for line in lines if re.match(r"(member \S+ )?step ", line)], run)
+    verify_steps(expect, [(CHAIN if line[0] == "c" else STEP).match(line) for line in lines if re.match(r"(member \S+ )?step |chain ", line)], run)
     trained = [re.match(r"trained for (\d+\.\d+) s, (\d[\d,]*) tokens seen", line) for line in lines if line.startswith("trained for")]
     if expect(len(trained) == 1 and trained[0], "has no line, or several, that begins 'trained for'"):
         seconds, seen = float(trained[0][1]), int(trained[0][2].replace(",", ""))
@@ -248,11 +249,16 @@ def verify_log(faults, path, run, dataset, hashes):
 
 def verify_steps(expect, steps, run):
     """Step lines: each member's run from 1 to its last, none missing; the epochs they tell make up the tokens seen; the clock runs
-    forward and ends where the record says."""
+    forward and ends where the record says. Chains that were trained apart count as run side by side: each has its clock, and their ranks add up."""
     if not expect(steps and all(steps), "has no step lines, or some that are not 'step i/n epoch e loss l ... time t s'"):
         return
-    members, expected, epochs, clock = 0, 0, 0.0, 0.0
+    members, expected, epochs, clock, longest, ranks = 0, 0, 0.0, 0.0, 0.0, 0
     for match in steps:
+        if match.re is CHAIN and expected == 0:
+            clock, ranks = 0.0, ranks + int(match[2])
+            continue
+        if not expect(match.re is STEP, f"a chain begins after step {expected} of member {members}: steps are missing"):
+            return
         member, i, n = (int(g or 1) for g in match.groups()[:3])
         epoch, loss, now = map(float, match.groups()[3:])
         if expected == 0:
@@ -262,11 +268,13 @@ def verify_steps(expect, steps, run):
             return
         if not expect(now >= clock and epoch >= last and math.isfinite(loss), f"step {i}: time, epoch or loss runs backward"):
             return
-        expected, clock, last = i % n, now, epoch
+        expected, clock, last, longest = i % n, now, epoch, max(longest, now)
         epochs += epoch if i == n else 0.0
     expect(expected == 0 and members == run["members"], f"ends at step {expected} of member {members}, of {run['members']} members: steps are missing")
-    expect(len(steps) == run["steps"], "number of steps", len(steps), f"{run['steps']} in record.json")
-    expect(clock <= run["train_seconds"] + 0.05, "time of the last step", f"{clock} s", f"{run['train_seconds']:.1f} s in record.json")
+    count = sum(match.re is STEP for match in steps)
+    expect(count == run["steps"], "number of steps", count, f"{run['steps']} in record.json")
+    expect(ranks <= run["ranks"], "ranks of all chains", ranks, f"{run['ranks']} in record.json")
+    expect(longest <= run["train_seconds"] + 0.05, "time of the last step", f"{longest} s", f"{run['train_seconds']:.1f} s in record.json")
     seen = epochs * run["train_tokens"]
     expect(abs(seen - run["tokens_seen"]) <= 0.02 * seen + 0.001 * run["train_tokens"] * members,
            f"its {epochs:.3f} epochs of {run['train_tokens']:,} tokens", f"{seen:,.0f} tokens seen", f"{run['tokens_seen']:,} in record.json")
@@ -277,7 +285,7 @@ def toy_options(config):
     """Options that train a record's recipe at toy size on pocket: its own config, made small."""
     toy = dict(n_embd=64, n_head=2, mlp_hidden=128, batch_tokens=1024, device_tokens=1024, train_tokens=100_000, epochs=1, probes=1, probe_tokens=2000,
                cpu_threads=2, dtype="fp32", data=str(ROOT / "data" / "pocket"))
-    most = dict(seq_len=256, window_short=64, n_layer=6, members=2, cycles=2)
+    most = dict(seq_len=256, window_short=64, n_layer=6, members=2, chains=1, cycles=2)
     small = {name: min(value, most[name]) if name in most else toy.get(name, value) for name, value in config.items()}
     for name in ("loop_first", "loop_last"):  # a range of layers stays one
         if name in config:

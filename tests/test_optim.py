@@ -1,6 +1,6 @@
 """The optimizer against plain references, on one rank and on several, and the schedules."""
-import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -96,33 +96,52 @@ def test_every_parameter_learns_and_only_some_decay(machine, params):
     assert {k for k in p if not torch.equal(p[k], before[k])} == {"wte", "lm_head"}  # Muon's decay is cautious: none without an update
 
 
+# bags, loops and a chain of two, for every kind of parameter; three layers make 15 matrices: no number of ranks divides every bank
+EVERYTHING = TINY | dict(device_tokens=128, members=2, distill_alpha=0.4, bag_size=2, bag_until=0.3, loop_first=1, loop_last=1, loop_times=1, loop_from=0.5,
+                         mtp_weight=0.3, iha=True, recall="2,4", memory="3", ema=0.9)
+EXACT = """if True:
+    import os, sys
+    import numpy as np, train_gpt as t
+    losses, all_reduce = [], t.all_reduce
+    def noted(m, tensor):
+        out = all_reduce(m, tensor)
+        if out.shape == (2,):  # of a step: its loss, and whether it was asked to stop
+            losses.append(out[0].item())
+        return out
+    t.all_reduce = noted
+    t.main()
+    if os.environ.get("RANK", "0") == "0":
+        np.save(sys.argv[-1] + "/losses.npy", losses)
+"""
+
+
 @pytest.fixture(scope="session")
 def runs_on_ranks(tiny_data, tmp_path_factory):
-    """The same run on 1, 2 and 4 gloo ranks. Three layers make 15 matrices: no number of ranks divides every bank."""
+    """The same run on 1, 2 and 4 gloo ranks, the loss of every step in full precision beside it."""
     folder = tmp_path_factory.mktemp("ranks")
-    recipe = options(**(TINY | dict(device_tokens=128)), data=tiny_data) + ["--compile", "off", "--device", "cpu"]
+    (folder / "exact.py").write_text(EXACT)
     for n in (1, 2, 4):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"] if n > 1 else [sys.executable]
-        subprocess.run([*launcher, "train_gpt.py", *recipe, "--run_dir", str(folder / str(n))], cwd=ROOT, check=True, timeout=300)
+        subprocess.run([*launcher, str(folder / "exact.py"), *options(**EVERYTHING, data=tiny_data), "--compile", "off", "--device", "cpu", "--run_dir", str(folder / str(n))],
+                       cwd=ROOT, check=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)})
     return folder
-
-
-def losses(run):
-    return [float(line.split(" loss ")[1].split()[0]) for line in (run / "log.txt").read_text().splitlines() if line.startswith("step ")]
 
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_ranks_train_the_same_model(runs_on_ranks, n):
     """Losses of every step, every weight, and the score, which is computed by all ranks too."""
     one, many = runs_on_ranks / "1", runs_on_ranks / str(n)
-    assert len(losses(one)) == 39
-    np.testing.assert_allclose(losses(many), losses(one), atol=2e-4)  # as printed, four decimals
-    p, q = (t.load_tensors(t.saved(run, "weights")[-1]) for run in (one, many))
-    for name in p:
-        # relative: rounding can flip the sign that cautious decay looks at in single weights; a matrix that missed one update is 1e-2 off
-        assert (q[name] - p[name]).norm() / p[name].norm() < 2e-4, name
+    losses, same = np.load(one / "losses.npy"), np.load(many / "losses.npy")
+    assert len(losses) == 2 * 39
+    print(f"{n} ranks: losses differ by {np.abs(same - losses).max():.1e} at most")
+    np.testing.assert_allclose(same, losses, rtol=1e-5)
+    for a, b in zip(t.saved(one, "weights"), t.saved(many, "weights")):
+        p, q = t.load_tensors(a), t.load_tensors(b)
+        for name in p:
+            # relative: rounding can flip the sign that cautious decay looks at in single weights; a matrix that missed one update is 1e-2 off
+            assert (q[name] - p[name]).norm() / p[name].norm() < 1e-3, name
     np.testing.assert_allclose(np.load(many / "val_nll.npy"), np.load(one / "val_nll.npy"), rtol=1e-5)
-    a, b = (json.loads((run / "record.json").read_text()) for run in (one, many))
+    a, b = (json.loads((r / "record.json").read_text()) for r in (one, many))
     assert (a["ranks"], b["ranks"]) == (1, n) and a["tokens_seen"] == b["tokens_seen"]
 
 
@@ -146,10 +165,10 @@ def test_state_goes_from_any_number_of_ranks_to_any_other():
 
 
 def test_lr_schedule():
-    c = t.Config(warmup=0.1, warmdown=0.4, warmdown_power=2.0, final_lr=0.1)
+    c = t.Config(warmup=0.1, warmdown=0.4, final_lr=0.1)
     assert t.lr_schedule(0.05, c) == pytest.approx(0.5)
     assert t.lr_schedule(0.1, c) == t.lr_schedule(0.6, c) == 1.0
-    assert t.lr_schedule(0.8, c) == pytest.approx(0.1 + 0.9 * 0.25)
+    assert t.lr_schedule(0.8, c) == pytest.approx(0.1 + 0.9 * 0.5)
     assert t.lr_schedule(1.0, c) == pytest.approx(0.1)
     assert t.lr_schedule(0.0, t.Config(warmup=0.0)) == 1.0
 
@@ -159,14 +178,3 @@ def test_other_schedules():
     assert [t.momentum_schedule(x, c) for x in (0.0, 0.25, 0.5, 0.9)] == pytest.approx([0.8, 0.85, 0.9, 0.9])
     assert [t.wd_schedule(x, c) for x in (0.0, 0.25, 0.5, 0.75, 1.0)] == pytest.approx([1.0, 0.6, 0.2, 1.1, 2.0])
     assert [t.phase_schedule(x, c)[1] for x in (0.0, 0.24, 0.25, 1.0)] == [4, 4, 1, 1]
-
-
-def test_cycles():
-    """From half of training on, four cosines from 0.6 down to 0.1, weight decay in anti-phase; before, the plain schedule."""
-    c = dataclasses.replace(t.Config(), cycles=4, cycle_from=0.5, cycle_lr=0.6, final_lr=0.1, cycle_wd=0.5, warmdown=0.2)
-    assert t.lr_schedule(0.4, c) == 1 and t.wd_schedule(0.4, c) == 1
-    for j in range(4):
-        assert t.lr_schedule(0.5 + j / 8, c) == pytest.approx(0.6) and t.wd_schedule(0.5 + j / 8, c) == pytest.approx(0.5)
-        assert t.lr_schedule(0.5 + j / 8 + 1 / 16, c) == pytest.approx(0.35) and t.wd_schedule(0.5 + j / 8 + 1 / 16, c) == pytest.approx(1)
-        assert t.lr_schedule(0.5 + (j + 1) / 8 - 1e-6, c) == pytest.approx(0.1, abs=1e-3) and t.wd_schedule(0.5 + (j + 1) / 8 - 1e-6, c) == pytest.approx(1.5, abs=1e-3)
-    assert t.cycle_ends(400, c) == [250, 300, 350, 400]

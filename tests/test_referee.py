@@ -261,6 +261,18 @@ def test_members_of_an_ensemble_count_their_steps_one_after_the_other(copy):
     lines_of_log(two_members)(root, folder)
     first_run(members=2, steps=78, tokens_seen=39_936)(root, folder)
     assert board.verify_record(folder, root) == []
+    # chains that were trained apart each have their clock, and their ranks add up
+    clock = lambda rest: rest.replace(b" time 0.0s", b" time 0.1s", 39)  # noqa: E731
+    lines_of_log(clock)(root, folder)
+    assert any("runs backward" in fault for fault in board.verify_record(folder, root))
+    lines_of_log(lambda rest: rest.replace(b"member 1 step 1/", b"chain 1 of 2: 1 rank(s), 0.1 s, seed 0\nmember 1 step 1/")
+                 .replace(b"member 2 step 1/", b"chain 2 of 2: 1 rank(s), 0.1 s, seed 1\nmember 2 step 1/"))(root, folder)
+    assert any("ranks of all chains" in fault for fault in board.verify_record(folder, root))
+    first_run(ranks=2)(root, folder)
+    assert board.verify_record(folder, root) == []
+    lines_of_log(lambda rest: rest.replace(b"member 2 step 3/", b"chain 3 of 2: 0 rank(s)\nmember 2 step 3/"))(root, folder)
+    assert any("a chain begins after step 2" in fault for fault in board.verify_record(folder, root))
+    lines_of_log(lambda rest: rest.replace(b"chain 3 of 2: 0 rank(s)\n", b""))(root, folder)
     without = lines_of_log(lambda rest: b"".join(line for line in rest.splitlines(True) if not line.startswith(b"member 2 step 3/")))
     without(root, folder)
     assert any("after step 2 of member 2" in fault for fault in board.verify_record(folder, root))
