@@ -647,10 +647,9 @@ def forward(p, inputs, c, m, bos_id, phase, training=False, compiled=False):
 
 def flops_per_token(c, vocab_size, phase):
     """FLOPs of a forward pass per token: two per weight that is multiplied, and the attention over the average window."""
-    layers, _ = phase
     weights = sum(math.prod(shape[1:]) for name, shape in param_shapes(c, vocab_size).items()
                   if name in ("attn", "mlp_in", "mlp_out", "gates"))
-    windows = [min(layer_window(c, i), c.seq_len) for i in layers]
+    windows = [min(layer_window(c, i), c.seq_len) for i in phase[0]]
     seen = [w - w * (w - 1) / 2 / c.seq_len for w in windows]  # tokens that the average token attends to
     return 2 * vocab_size * c.n_embd + sum(2 * weights + 4 * n * c.n_embd for n in seen)
 
@@ -834,9 +833,7 @@ def lr_schedule(done, c):
     neither the first nor the last step is wasted on a rate of zero."""
     if done < c.warmup:
         return done / c.warmup
-    if done > 1 - c.warmdown:
-        return c.final_lr + (1 - c.final_lr) * (1 - done) / c.warmdown
-    return 1.0
+    return c.final_lr + (1 - c.final_lr) * min(1.0, (1 - done) / max(c.warmdown, 1e-9))
 
 def momentum_schedule(done, c):
     return c.momentum_start + (c.muon_momentum - c.momentum_start) * min(1.0, done / max(c.momentum_warmup, 1e-9))
@@ -1404,15 +1401,16 @@ def dry_run(c, n_ranks):
     runs, peak = [(one, Schedule(nothing, NOTHING, one, m), taught) for one, taught in lessons(c)], 0
     print(f"{c.track}: {len(runs)} model(s) on {n_ranks} {'GPU(s)' if gpu else 'CPU process(es)'}")
     for one, schedule, taught in distinct(runs):
-        n_params = sum(math.prod(shape) for shape in param_shapes(one, vocab_size).values())
-        print(f"{n_params:,} parameters, {len(taught)} teacher(s), {schedule.total:,} steps of {one.batch_tokens:,} tokens")
+        rows = [(math.prod(shape[:-2]), math.prod(shape[-2:])) if name in MUON_BANKS else (math.prod(shape), 1) for name, shape in param_shapes(one, vocab_size).items()]
+        share = sum(-(-n // n_ranks) * size for n, size in rows)  # what a rank updates, see MuonAdamW: summed for it, and sent by it
+        print(f"{sum(n * size for n, size in rows):,} parameters, {len(taught)} teacher(s), {schedule.total:,} steps of {one.batch_tokens:,} tokens")
         for phase in dict.fromkeys(schedule.phases):
             print(f"  {schedule.phases.count(phase):,} steps of {len(phase[0])} layers in turn and bags of {phase[1]}: {flops_per_token(one, vocab_size, phase):.4g} FLOPs forward per position")
         with FakeTensorMode(allow_non_fake_inputs=True):
             kinds = step_memory(one, taught, max(schedule.phases, key=lambda phase: flops_per_token(one, vocab_size, phase)), vocab_size, m)
         peak = max(peak, kinds["peak"])
         print(f"  memory of each in GB: {', '.join(f'{kind} {size / 1e9:.2f}' for kind, size in kinds.items())}\n"
-              f"  each sends {8e-9 * n_params * (n_ranks - 1) / n_ranks:.2f} GB in a step")
+              f"  each sends {8e-9 * share * (n_ranks - 1):.3g} GB in a step")
     flops = sum(train_flops(one, schedule, vocab_size, taught) for one, schedule, taught in runs)
     print(f"{flops:.4g} FLOPs in all")
     if gpu:

@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -122,7 +123,8 @@ def speed(c, m, vocab, rounds, steps):
                 step()
             synchronize(m)
             seconds[name].append((time.perf_counter() - began) / steps)
-    flops, peak = 3 * t.flops_per_token(c, vocab, t.phase_schedule(1.0, c)), matrix_product(c, m)
+    one_step = types.SimpleNamespace(phases=[t.phase_schedule(1.0, c)])
+    flops, peak = t.train_flops(c, one_step, vocab, ()) / c.batch_tokens, matrix_product(c, m)
     print(f"a matrix product: {peak / 1e12:.3g} TFLOP/s; a token's training: {flops:.4g} FLOPs")
     for name in which:
         low, middle, high = (c.batch_tokens / f(seconds[name]) for f in (max, statistics.median, min))

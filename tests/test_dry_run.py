@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -86,6 +87,57 @@ def test_every_preset(track, tmp_path):
     n = 1 if "pocket" in track or track == "mini" else 64 if track == "unlimited" else 8
     status, out, err = dry_run("--track", track, "--dry_run", "--data", f"{tmp_path}/none")
     assert status == 0 and not err and f"on {n} " in out and ("a card of 80 GB holds" in out) == ("pocket" not in track), out + err
+
+
+# what a step costs as layers, width, sequence, members and ranks grow
+
+GROWN = [{}, dict(n_layer=8), dict(n_embd=256, mlp_hidden=704), dict(seq_len=128), dict(loop_first=1, loop_last=2, loop_times=2, loop_from=0.0), dict(mtp_weight=0.3),
+         dict(members=2, distill_alpha=0.4), dict(bag_size=2, bag_until=0.9), dict(iha=True)]
+
+
+@pytest.mark.parametrize("grown", GROWN, ids=str)
+def test_flops_against_pytorchs_counter(grown):
+    """A forward and a backward pass, by the formula without its attention: on a CPU the counter sees the products of weights alone (those of
+    attention are checked in test_model.py)."""
+    from torch.utils.flop_counter import FlopCounterMode
+    c = t.make_config(TINY | dict(n_layer=4, n_embd=128, mlp_hidden=352, window_pattern="L", batch_tokens=256, device_tokens=256) | grown)
+    m, phase = t.Machine(torch.device("cpu"), torch.float32, block=t.block, objective_chunk=t.objective_chunk), t.phase_schedule(0.5, c)
+    p = {name: w.requires_grad_() for name, w in t.init_params(c, 1000).items()}
+    teachers = [(c, {name: w.detach() for name, w in p.items()})] if c.members > 1 else []
+    x = torch.randint(999, (256 // c.seq_len, c.seq_len * phase[1], 1))
+    with FlopCounterMode(display=False) as counter:
+        t.train_pass(p, x, x[..., 0].unflatten(1, (-1, phase[1])), 1, c, m, 999, phase, (0,), teachers)
+    formula = t.train_flops(c, types.SimpleNamespace(phases=[phase]), 1000, [c] * len(teachers))
+    attention = 256 * (3 + len(teachers)) * len(phase[0]) * 4 * (c.seq_len + 1) / 2 * c.n_embd
+    assert counter.get_total_flops() == pytest.approx(formula - attention, rel=0.005)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_bytes_that_a_rank_sends(ranks, tiny_data, monkeypatch):
+    """Every sum and every gathering of a step, as many bytes as a ring of so many ranks sends, against what --dry_run says."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    status, out, _ = dry_run("--dry_run", ranks, *options(**TINY, data=tiny_data))
+    c, sent = t.make_config(TINY), []
+
+    class Done:
+        def wait(self):
+            pass
+    monkeypatch.setattr(t, "reduce_scatter", lambda own, whole, async_op: sent.append(whole.numel() * (ranks - 1) / ranks) or Done())
+    monkeypatch.setattr(t, "all_gather", lambda whole, own: sent.append(whole.numel() * (ranks - 1) / ranks))
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        m = t.Machine(torch.device("cpu"), torch.float32, world_size=ranks)
+        p = t.init_params(c, 257)
+        optimizer = t.MuonAdamW(p, c, m)
+        for w in p.values():
+            w.grad = torch.zeros_like(w)
+        optimizer.step(0, 1.0, 1.0, 0.95)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert status == 0 and len(sent) == 2 * len(p)
+    assert float(re.search(r"each sends (\S+) GB", out)[1]) == pytest.approx(4e-9 * sum(sent), rel=0.005)
+    shapes = t.param_shapes(c, 257)
+    assert sum(sent) >= 2 * sum(w.numel() for w in p.values()) * (ranks - 1) / ranks and set(shapes) == set(p)
 
 
 def test_what_cannot_be_divided_is_one_line():
