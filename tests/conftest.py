@@ -16,6 +16,8 @@ TINY = dict(n_layer=3, n_embd=32, n_head=2, mlp_hidden=48, seq_len=64, window_sh
             device_tokens=256, loss_chunk=100, train_tokens=20_000, epochs=1.0, probes=2, probe_tokens=1000, save_every=5, dtype="fp32")
 TINY = {name: getattr(t.Config, name) for name in t.PRESETS["pocket"]} | TINY  # what the track's preset changes is changed back
 
+PLAIN = ["--compile", "off", "--device", "cpu"]
+
 
 def options(**values):
     return [word for name, value in values.items() for word in (f"--{name}", str(int(value) if isinstance(value, bool) else value))]

@@ -16,9 +16,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from conftest import ROOT, TINY, options, tokens_of
-
-PLAIN = ["--compile", "off", "--device", "cpu"]
+from conftest import PLAIN, ROOT, TINY, options, tokens_of
 
 
 def start(tiny_data, run, *argv, recipe=TINY, **kwargs):
