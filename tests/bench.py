@@ -136,6 +136,33 @@ def speed(c, m, vocab, rounds, steps):
             print(f"{a} / {b}: {statistics.median(ratios):.2f} times the tokens per second ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
+def objective_cost(c, m, vocab, rounds):
+    """The objective, forward and backward, against nothing but its three matrix products, chunk by chunk as it goes."""
+    h = torch.randn(c.device_tokens, c.n_embd, device=m.device, dtype=m.dtype, requires_grad=True)
+    w = torch.randn(vocab, c.n_embd, device=m.device, requires_grad=True)
+    targets = torch.randint(vocab, (c.device_tokens, 1), device=m.device)
+    hidden, head, total = h.detach(), w.detach().to(m.dtype), torch.zeros(vocab, c.n_embd, device=m.device)
+
+    def objective():
+        t.objective(h, w, targets, c, m, 1.0).backward()
+
+    def products():
+        for part in hidden.split(c.loss_chunk):
+            logits = part @ head.T
+            logits @ head
+            total.add_(logits.T @ part)
+    seconds = {objective: [], products: []}
+    for _ in range(rounds + 1):
+        for step in seconds:
+            synchronize(m)
+            began = time.perf_counter()
+            step()
+            synchronize(m)
+            seconds[step].append(time.perf_counter() - began)
+    ratios = [a / b for a, b in zip(*(times[1:] for times in seconds.values()))]
+    print(f"the objective takes {statistics.median(ratios):.2f} times as long as its matrix products alone ({min(ratios):.2f} to {max(ratios):.2f} of {rounds} rounds)")
+
+
 def plain_loss(c, m, lr):
     """Validation loss of the plain model after one epoch of the pocket track: AdamW (0.9, 0.95), weight decay 0.1, a tenth of
     warmup, cosine to zero, gradients clipped at 1."""
@@ -211,6 +238,7 @@ def main():
     print(f"{t.hardware(m)}, {torch.get_num_threads()} threads, torch {torch.__version__}; " + "; ".join(f"{k}: {v}" for k, v in m.why.items()))
     print(f"\nspeed, vocabulary {args.vocab:,}, a whole step with its optimizer")
     speed(c, m, args.vocab, args.rounds, args.steps or 4)
+    objective_cost(c, m, args.vocab, args.rounds)
     print(f"\npeak memory, vocabulary {args.memory_vocab:,}, in a process of its own")
     peaks = {}
     for which in ("tokenrun", "plain"):
