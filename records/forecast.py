@@ -292,39 +292,41 @@ def calibrate_command(args):
 
 # ---- the ladder -------------------------------------------------------------------------------------------------------
 
-def fit_power_law(x, y, w):
-    """E, A, a of y = E + A * x ** -a, by weighted least squares in the log of y - E over a grid of E: the floor that no size goes below."""
-    best = (math.inf,)
-    for floor in np.append(0.0, np.linspace(0.02, 0.98, 49)) * min(y):
-        z, u = np.log(y - floor), np.log(x)
-        slope, level = np.polyfit(u, z, 1, w=np.sqrt(w))
-        if slope < 0:
-            error = float((w * np.log((floor + np.exp(level + slope * u)) / y) ** 2).sum())
-            best = min(best, (error, floor, math.exp(level), -slope))
-    if len(best) == 1:
+LAW = 0.02  # a power law is taken to hold to 2%: so much may a size be off without speaking against it
+
+def power_laws(x, y):
+    """Weighted least squares of log(y - E) = log(A) - a * log(x) for each floor E of a grid below all y; a rung counts twice as much as the one
+    below it, for it is nearer to what is to be predicted. Returns (E, log A, -a, mean squared error of log y), arrays over the grid."""
+    floors = np.append(0.0, np.linspace(0.02, 0.98, 49)) * min(y)
+    w = 2.0 ** np.arange(len(x)) / (2.0 ** len(x) - 1)
+    u, z = np.log(x), np.log(y - floors[:, None])  # [rung], [floor, rung]
+    centred = u - w @ u
+    slopes = (z * w) @ centred / (w @ centred ** 2)
+    levels = z @ w - slopes * (w @ u)
+    curves = floors[:, None] + np.exp(levels[:, None] + slopes[:, None] * u)
+    return floors, levels, slopes, np.log(curves / y) ** 2 @ w
+
+def fit_power_law(x, y):
+    """(E, A, a) of the y = E + A * x ** -a that fits best."""
+    floors, levels, slopes, errors = power_laws(x, np.asarray(y))
+    if not (slopes < 0).any():
         raise Refused("the losses do not fall from rung to rung: no power law")
-    return best[1:]
+    best = np.argmin(np.where(slopes < 0, errors, np.inf))
+    return floors[best], math.exp(levels[best]), -slopes[best]
 
 def predict_ladder(sizes, losses, size, rng, n=2000):
-    """Losses at `size`, [n], from those of the rungs [rung][seed]: bootstrap over rungs and seeds. The rungs' own scatter about their curve and
-    a new run's seed are part of it."""
-    means = np.array([np.mean(rung) for rung in losses])
-    floor, level, power = fit_power_law(sizes, means, np.ones(len(sizes)))
-    residual = np.log(means / (floor + level * sizes ** -power))
-    spread = math.sqrt((residual ** 2).sum() / max(1, len(sizes) - 2))
+    """Losses at `size`, [n], from those of the rungs, [rung][seed]. Each draw leaves out some of the smallest rungs (three stay), draws the seeds
+    anew, takes a floor as likely as it fits, and adds what a new run's seed, or the law's own misfit, would."""
+    fit_power_law(sizes, [np.mean(rung) for rung in losses])  # refuses what is no ladder
     several = [np.std(np.log(rung), ddof=1) for rung in losses if len(rung) > 1]
-    seed = math.sqrt(np.mean(np.square(several))) if several else spread
-    out = []
+    seed, out = math.sqrt(np.mean(np.square(several))) if several else LAW / 2, []
     while len(out) < n:
-        picked = rng.integers(len(sizes), size=len(sizes))
-        if len(set(picked)) < 3:
-            continue
-        y = np.array([np.mean(rng.choice(losses[i], len(losses[i]))) for i in picked]) * np.exp(rng.normal(0, spread, len(picked)))
-        try:
-            floor, level, power = fit_power_law(sizes[picked], y, np.ones(len(picked)))
-        except Refused:
-            continue
-        out.append((floor + level * size ** -power) * math.exp(rng.normal(0, seed)))
+        first = rng.integers(len(sizes) - 2)
+        floors, levels, slopes, errors = power_laws(sizes[first:], np.array([np.mean(rng.choice(rung, len(rung))) for rung in losses[first:]]))
+        likely = np.exp(-0.5 * (errors - errors.min()) * (len(sizes) - first) / max(LAW, seed) ** 2) * (slopes < 0)
+        if likely.sum() > 0:
+            k = rng.choice(len(floors), p=likely / likely.sum())
+            out.append((floors[k] + math.exp(levels[k]) * size ** slopes[k]) * math.exp(rng.normal(0, max(seed, math.sqrt(errors[k])))))
     return np.array(out)
 
 def train_rung(folder, options):
@@ -367,7 +369,7 @@ def ladder_command(args):
         found = f"; it came out at {np.mean(losses[last]):.4f}" if last < len(losses) else ""
         print(f"{what}, {size:,.0f}: median {middle:.4f}, 80% interval {low:.4f} to {high:.4f}{found}")
         told.append((size, low, middle, high))
-    floor, level, power = fit_power_law(sizes[:n], np.array([np.mean(rung) for rung in losses[:n]]), np.ones(n))
+    floor, level, power = fit_power_law(sizes[:n], [np.mean(rung) for rung in losses[:n]])
     print(f"val_loss = {floor:.4f} + {level:.4g} * size ** -{power:.3f}")
     if args.picture:
         pictures(args.picture, lambda theme: draw_ladder(name if not args.parameters else "parameters", sizes, losses, n, (floor, level, power), told, theme))

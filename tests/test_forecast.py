@@ -131,7 +131,7 @@ def test_too_little_to_learn_from(root, tmp_path, capsys):
 def test_power_law_is_found_again():
     x, rng = np.array([1e5, 2e5, 4e5, 8e5]), np.random.default_rng(0)
     law = lambda x: 0.5 + 40 * x ** -0.4  # noqa: E731
-    floor, level, power = fc.fit_power_law(x, law(x), np.ones(4))
+    floor, level, power = fc.fit_power_law(x, law(x))
     assert floor + level * 1.6e6 ** -power == pytest.approx(law(1.6e6), rel=0.003)
     inside = []
     for _ in range(40):  # three seeds with a spread of half a percent
@@ -140,7 +140,7 @@ def test_power_law_is_found_again():
         inside.append(low < law(1.6e6) * np.exp(rng.normal(0, 0.005)) < high)
     assert 0.6 < np.mean(inside) <= 1.0
     with pytest.raises(Refused, match="no power law"):
-        fc.fit_power_law(x, 1 + x / 1e6, np.ones(4))
+        fc.fit_power_law(x, 1 + x / 1e6)
 
 
 def test_a_run_without_a_chance_is_stopped(tiny_data, tmp_path):
