@@ -138,7 +138,7 @@ FINEWEB = dict(
 DEEP = FINEWEB | dict(n_layer=30, n_embd=1792, n_head=14, mlp_hidden=4864, epochs=18, muon_lr=0.01, weight_decay=1.3,
                       loop_first=15, loop_last=24, loop_times=2, loop_from=0.5)
 
-POCKET = dict(recall="1,2,3,4,5,6,8,12,16,24,32", memory="3,4,5,6,8,12,16,24", mtp_weight=0.3, iha=True, ema=0.98, distill_alpha=0.4)
+POCKET = dict(recall="1,2,3,4,5,6,8,12,16,24,32", memory="3,4,5,6,8,12,16,24", mtp_weight=0.3, iha=True, distill_alpha=0.4)
 
 PRESETS = {  # the FineWeb tracks': shapes and recipes of the published Slowrun records of 2026-07, in this script's terms
     "pocket": POCKET | dict(n_embd=128, mlp_hidden=352, muon_lr=0.03, weight_decay=0.4, epochs=1.9, members=2,
