@@ -133,7 +133,7 @@ class Config:
 FINEWEB = dict(
     data="fineweb", train_tokens=100_000_000, seq_len=2048, window_short=1024, batch_tokens=524_288, device_tokens=16_384,
     loss_chunk=4096, embed_lr=0.15, head_lr=0.001, dropout=0.1, warmup=0.0, probes=12, probe_tokens=1_048_576, save_every=500,
-    mtp_weight=0.3, iha=True, ema=0.995)  # these three by pocket's ablations
+    mtp_weight=0.3, iha=True, ema=0.995)  # these three after records/ablations
 
 DEEP = FINEWEB | dict(n_layer=30, n_embd=1792, n_head=14, mlp_hidden=4864, epochs=18, muon_lr=0.01, weight_decay=1.3,
                       loop_first=15, loop_last=24, loop_times=2, loop_from=0.5)
