@@ -2,7 +2,7 @@
 Know early: what will a run's score be, and what would a larger one's?
 
     python records/forecast.py run runs/NAME [--picture NAME]       a finished or a running run: median, 80% interval, chance of a record
-    python records/forecast.py watch 0.05 -- python train_gpt.py --run_dir runs/NAME ...     stop a run whose chance falls below 5%
+    python records/forecast.py watch 0.05 -- python train_gpt.py --run_dir runs/NAME ...     stop a run whose chance stays below 5%
     python records/forecast.py ladder --vary train_tokens=125000,250000,500000 --predict 1000000 --seeds 2 -- --epochs 1 ...
     python records/forecast.py calibrate [--picture NAME]           how well a forecast does on runs that it has not seen
 
@@ -29,6 +29,7 @@ from leaderboard import INK, earlier_records, figure, mean_loss, save_picture  #
 DRAWS = 4000        # of the Monte Carlo
 FIRST = 0.1         # no forecast before this fraction of a run
 FEWEST = 8          # runs to learn from
+IN_A_ROW = 3        # forecasts below a chance before a run is stopped: a single one stops a future record now and then (calibrate)
 LINE = re.compile(r"(?:member (\d+) )?(step|probe) (\d+)/(\d+) (?:epoch \S+ loss|val_loss) (\d+\.\d+)")
 BANDS = {"80%": (0.1, 0.9), "50%": (0.25, 0.75)}
 
@@ -224,10 +225,10 @@ def watch_command(args):
             except Refused as e:
                 print(f"forecast.py: {e}", flush=True)
                 continue
-            p = chance(life[-1][1], limit) if life else math.nan
-            if p < args.chance:
+            p = [chance(values, limit) for _, values in life[-IN_A_ROW:]]
+            if len(p) == IN_A_ROW and max(p) < args.chance:
                 low, middle, high = np.quantile(life[-1][1], (0.1, 0.5, 0.9))
-                asked = (f"forecast.py: stopped, for the chance that this run beats {standing} is {p:.1%}, below {args.chance:.1%}: its end is foretold at "
+                asked = (f"forecast.py: stopped, for the chance that this run beats {standing} is {p[-1]:.1%}, below {args.chance:.1%} for the {IN_A_ROW}rd time in a row: its end is foretold at "
                          f"{middle:.4f}, {low:.4f} to {high:.4f}; go on all the same with: python train_gpt.py --resume {folder}")
                 child.send_signal(signal.SIGTERM)
     if asked:
@@ -247,13 +248,14 @@ def unseen_forecasts(curves, at):
     return out
 
 def stopping(curves, told, fractions, least, standing):
-    """Curves as attempts at standing(i), the loss of the best that the i-th has to beat (None: no attempt), each stopped when its chance falls below
-    `least`. told: sorted draws [curve, fraction, DRAWS]. Returns FLOPs of the failed ones, those of them saved, number of records, and of these stopped."""
+    """Curves as attempts at standing(i), the loss of the best that the i-th has to beat (None: no attempt), each stopped when its chance was below
+    `least` IN_A_ROW times. told: sorted draws [curve, fraction, DRAWS]. Returns FLOPs of the failed ones, those of them saved, number of records, and of these stopped."""
     spent, saved, records, lost = 0.0, 0.0, 0, 0
     for i, curve in enumerate(curves):
         best = standing(i)
         if best is not None:
-            stopped = next((f for f, values in zip(fractions, told[i]) if np.searchsorted(values, best) < least * DRAWS), 1.0)
+            low = [np.searchsorted(values, best) < least * DRAWS for values in told[i]]
+            stopped = next((fractions[k] for k in range(IN_A_ROW - 1, len(low)) if all(low[k - IN_A_ROW + 1:k + 1])), 1.0)
             if curve["final"] < best:
                 records, lost = records + 1, lost + (stopped < 1)
             else:
@@ -284,7 +286,7 @@ def calibrate_command(args):
         for _ in range(200):
             order = rng.permutation(rows)
             in_turn += stopping([curves[i] for i in order], told[order], fractions, 0.05, lambda i: final[order[:i]].min() if i else None)  # noqa: B023
-    print("attempts on budgets that 8 or more had, stopped when the chance of a record falls below 5%:")
+    print("attempts on budgets that 8 or more had, stopped when the chance of a record is below 5% three times in a row:")
     for what, (spent, saved, records, lost) in (("each against the best of all others", against), ("in 200 random orders, each against the best before", in_turn)):
         print(f"  {what}: {saved / spent:.0%} of the FLOPs of those that fail are saved, {lost:.0f} of {records:.0f} records are stopped")
     if args.picture:
@@ -292,7 +294,7 @@ def calibrate_command(args):
 
 # ---- the ladder -------------------------------------------------------------------------------------------------------
 
-LAW = 0.02  # a power law is taken to hold to 2%: so much may a size be off without speaking against it
+LAW = 0.02  # a power law is taken to hold to 2%: so much may a loss be off without speaking against it
 
 def power_laws(x, y):
     """Weighted least squares of log(y - E) = log(A) - a * log(x) for each floor E of a grid below all y; a rung counts twice as much as the one
