@@ -267,7 +267,7 @@ def calibrate_command(args):
     final = np.array([curve["final"] for curve in curves])
     told = np.stack([unseen_forecasts(curves, at) for at in fractions], axis=1)
     print(f"{len(curves)} models of {len({curve['recipe'] for curve in curves})} recipes on pocket's data, each foretold from those of all other recipes\n"
-          "  done   ends in the 80% interval   median error of: the forecast   the present loss   a straight line   the interval's width")
+          "  done  inside 80%   median error: forecast  present loss  straight line   interval's width")
     for k, at in enumerate(fractions):
         rows = np.flatnonzero(~np.isnan(told[:, k, 0]))
         loss = lambda f: np.array([np.interp(f, curves[i]["probes"][:, 0], curves[i]["probes"][:, 1]) for i in rows])  # noqa: E731,B023
@@ -275,7 +275,7 @@ def calibrate_command(args):
         line = loss(at) + (loss(at) - loss(at - 0.125)) * (1 - at) / 0.125
         errors = [float(np.median(np.abs(guess - final[rows]))) for guess in (middle, loss(at), line)]
         inside = ((low < final[rows]) & (final[rows] < high)).mean()
-        print(f"{at:6.1%}   {inside:24.0%}   {errors[0]:29.4f}   {errors[1]:16.4f}   {errors[2]:15.4f}   {np.median(high - low):20.4f}")
+        print(f"{at:6.1%}  {inside:10.0%}   {errors[0]:22.4f}  {errors[1]:12.4f}  {errors[2]:13.4f}   {np.median(high - low):16.4f}")
     budgets = {}
     for i, curve in enumerate(curves):
         if curve["flops"] and not np.isnan(told[i]).any():
@@ -286,9 +286,9 @@ def calibrate_command(args):
         for _ in range(200):
             order = rng.permutation(rows)
             in_turn += stopping([curves[i] for i in order], told[order], fractions, 0.05, lambda i: final[order[:i]].min() if i else None)  # noqa: B023
-    print("attempts on budgets that 8 or more had, stopped when the chance of a record is below 5% three times in a row:")
-    for what, (spent, saved, records, lost) in (("each against the best of all others", against), ("in 200 random orders, each against the best before", in_turn)):
-        print(f"  {what}: {saved / spent:.0%} of the FLOPs of those that fail are saved, {lost:.0f} of {records:.0f} records are stopped")
+    print("attempts on budgets that 8 or more had, stopped at a chance below 5% three times in a row:")
+    for what, (spent, saved, records, lost) in (("against the best of all others", against), ("in random orders, against the best before", in_turn)):
+        print(f"  {what}: {saved / spent:.0%} of failed FLOPs saved, {lost:.0f} of {records:.0f} records stopped")
     if args.picture:
         pictures(args.picture, lambda theme: draw_calibration(final, told[:, [1, 3, 5]], theme))
 
