@@ -25,6 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from audit import ROOT, Refused, read_tracks  # noqa: E402
 from leaderboard import INK, earlier_records, figure, mean_loss, save_picture  # noqa: E402
+from sweeps import train_run  # noqa: E402
 
 DRAWS = 4000        # of the Monte Carlo
 FIRST = 0.1         # no forecast before this fraction of a run
@@ -80,7 +81,7 @@ def features(curve, at):
     loss = lambda f: float(np.interp(f, probes[:, 0], np.log(probes[:, 1])))  # noqa: E731
     lately = steps[steps[:, 0] > at - 0.1251, 1] if len(steps) else []
     gap = math.log(np.mean(lately)) - loss(at) if len(lately) else 0.0  # of training to validation: what is learned by heart
-    has = lambda *names: float(any(c.get(name) for name in names))  # noqa: E731
+    has = lambda name: float(bool(c.get(name)))  # noqa: E731
     looped, bags = bool(c.get("loop_times")), c.get("bag_size", 1) > 1 and c.get("bag_until", 0)
     table = [(loss(at), 0.3), (loss(at) - loss(at - 0.125), 0.03), (loss(at) - loss(at - 0.25), 0.06), (gap, 0.2),
              (math.log(c["epochs"]), 1.0), (math.log(c["train_tokens"] * c["epochs"]), 1.0), (math.log(c["n_embd"] * c["n_layer"]), 1.0),
@@ -109,20 +110,20 @@ class Forecaster:
         if len(curves) < FEWEST:
             raise Refused(f"only {len(curves)} finished runs to learn from at {at:.0%} of the schedule; {FEWEST} are the fewest")
         self.scale = features(curves[0], at)[1]
-        self.x = np.array([features(curve, at)[0] for curve in curves])
-        self.centre = self.x.mean(0)
-        self.x = (self.x - self.centre) / self.scale
-        self.y = np.array([math.log(curve["final"]) for curve in curves]) - self.x[:, 0] * self.scale[0] - self.centre[0]
-        self.mean = self.y.mean()
+        known = np.array([features(curve, at)[0] for curve in curves])
+        self.centre = known.mean(0)
+        self.x = (known - self.centre) / self.scale
+        y = np.log([curve["final"] for curve in curves]) - known[:, 0]  # what is left to fall: the first feature is the log loss there
+        self.mean = y.mean()
         recipes = np.array([curve["recipe"] for curve in curves])
         blocks = [np.flatnonzero(recipes == recipe) for recipe in dict.fromkeys(recipes)]
-        self.n_runs, self.n_recipes, best = len(curves), len(blocks), math.inf
+        best = math.inf
         for length in (2.0, 3.0, 5.0, 8.0):
             for linear in (0.03, 0.1):
                 smooth = kernel(self.x, self.x, length, linear)
                 for noise in (0.005, 0.01, 0.02, 0.03):
-                    inverse = np.linalg.inv(smooth + noise ** 2 * np.eye(len(self.y)))
-                    weights, surprise, off = inverse @ (self.y - self.mean), 0.0, []
+                    inverse = np.linalg.inv(smooth + noise ** 2 * np.eye(len(y)))
+                    weights, surprise, off = inverse @ (y - self.mean), 0.0, []
                     for block in blocks:  # the recipe's own prediction from all others, without solving anew
                         covariance = np.linalg.inv(inverse[np.ix_(block, block)])
                         error, spread = covariance @ weights[block], np.sqrt(np.diag(covariance))
@@ -133,11 +134,12 @@ class Forecaster:
 
     def __call__(self, curve, rng):
         """Draws of the log of this curve's final loss, [DRAWS]."""
-        x = ((features(curve, self.at)[0] - self.centre) / self.scale)[None]
+        known = features(curve, self.at)[0]
+        x = ((known - self.centre) / self.scale)[None]
         length, linear, noise = self.chosen
         cross = kernel(x, self.x, length, linear)[0]
         spread = kernel(x, x, length, linear)[0, 0] - cross @ self.inverse @ cross + noise ** 2
-        middle = self.mean + cross @ self.weights + float(np.interp(self.at, curve["probes"][:, 0], np.log(curve["probes"][:, 1])))
+        middle = self.mean + cross @ self.weights + known[0]
         return middle + math.sqrt(max(spread, noise ** 2)) * (rng.choice(self.off, DRAWS) + 0.3 * rng.normal(size=DRAWS))
 
 # ---- a run's score ----------------------------------------------------------------------------------------------------
@@ -151,11 +153,11 @@ def ensemble_gain(curves, rng):
     gains = [(np.mean([math.log(c["final"]) for c in run]) - math.log(run[0]["score"])) / (1 - 1 / len(run)) for run in runs.values() if len(run) == run[0]["members"]]
     return rng.normal(np.mean(gains) if gains else 0.02, max(0.005, np.std(gains)) if len(gains) > 1 else 0.01, DRAWS)
 
-def draws(run, at, others, rng):
-    """Final scores of a run, [DRAWS], as likely as they seem when its last model has done the fraction `at`. run: its curves so far; others: the
-    library. Models that are to come are taken to end like the present one."""
+def draws(run, forecaster, others, rng):
+    """Final scores of a run, [DRAWS], as likely as they seem when its last model has done the forecaster's fraction. run: its curves so far; others:
+    the library. Models that are to come are taken to end like the present one."""
     present = run[-1]
-    log_final = Forecaster(others, at)(present, rng)
+    log_final = forecaster(present, rng)
     if present["members"] == 1:
         return np.exp(log_final)
     alone = [np.full(DRAWS, math.log(curve["final"])) if curve["final"] else log_final for curve in run[:-1]]
@@ -181,7 +183,8 @@ def forecast(folder, root=ROOT):
     if len(curves) < FEWEST:
         raise Refused(f"{folder}: records/ has only {len(curves)} finished runs on {config['data']} to learn from, {FEWEST} are the fewest")
     unseen = [curve for curve in curves if curve["recipe"] != run[0]["recipe"] or run[-1]["score"] is None]  # a finished run is not foretold from itself
-    life = [(k + at, draws([*run[:k], curve | {"probes": curve["probes"][curve["probes"][:, 0] <= at + 1e-9]}], at, unseen, np.random.default_rng(0)))
+    forecasters = {at: Forecaster(unseen, at) for at in sorted({*np.concatenate([curve["probes"][:, 0] for curve in run])}) if at >= FIRST}  # members share them
+    life = [(k + at, draws([*run[:k], curve | {"probes": curve["probes"][curve["probes"][:, 0] <= at + 1e-9]}], forecasters[at], unseen, np.random.default_rng(0)))
             for k, curve in enumerate(run) for at in curve["probes"][:, 0] if at >= FIRST]
     return run, bar(config["track"], root), life
 
@@ -333,11 +336,7 @@ def predict_ladder(sizes, losses, size, rng, n=2000):
 
 def train_rung(folder, options):
     """Loss and parameters of a run with these options, trained where it is not finished yet."""
-    if not (folder / "record.json").exists():
-        how = ["--resume", str(folder)] if (folder / "config.json").exists() else ["--run_dir", str(folder), *options]
-        print(f"==== {' '.join(how)}", flush=True)
-        if subprocess.run([sys.executable, "train_gpt.py", *how], cwd=ROOT).returncode:
-            raise Refused(f"{folder}: its training failed, see above; the same command goes on")
+    train_run(folder, options)
     record = json.loads((folder / "record.json").read_text())
     return record["val_loss"], record["parameters"]
 

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from audit import Refused  # noqa: E402
 from leaderboard import INK, compare_scores, figure, save_picture  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -63,13 +64,18 @@ def train_missing():
         else:
             return
 
-def train(folder, name, options, kept):
-    run = ROOT / "runs" / f"{folder.parent.name}_{name}"
+def train_run(run, options):
+    """Train a run with these options, or the rest of it, or nothing where it is finished. Refused, where that fails."""
     if not (run / "record.json").exists():
         where = os.path.relpath(run, ROOT)  # it stands in the log
         how = ["--resume", where] if (run / "config.json").exists() else ["--run_dir", where, *options]
-        print(f"==== {name}: {' '.join(how)}", flush=True)
-        subprocess.run([sys.executable, "train_gpt.py", *how], cwd=ROOT, check=True)
+        print(f"==== {' '.join(how)}", flush=True)
+        if subprocess.run([sys.executable, "train_gpt.py", *how], cwd=ROOT).returncode:
+            raise Refused(f"{run}: its training failed, see above; the same command goes on")
+
+def train(folder, name, options, kept):
+    run = ROOT / "runs" / f"{folder.parent.name}_{name}"
+    train_run(run, options)
     head, _, rest = (run / "log.txt").read_text().partition("\n")
     if folder == ABLATIONS:  # many short runs: every fiftieth step will do, and the losses of the blocks are compared
         rest = re.sub(r"^(?:member \d+ )?step (\d+)/.*\n", lambda line: "" if int(line[1]) % 50 else line[0], rest, flags=re.MULTILINE)
@@ -203,6 +209,9 @@ if __name__ == "__main__":
         print(__doc__)
         sys.exit(2)
     if not sys.argv[1:]:
-        train_missing()
+        try:
+            train_missing()
+        except Refused as e:
+            sys.exit(f"sweeps.py: {e}")
     write_curve()
     write_ablations()
