@@ -162,8 +162,9 @@ def draw_decay(groups, theme):
     """Validation loss over weight decay, a line for each width."""
     lines = {}
     for name, group in groups.items():
-        if size := re.fullmatch(r"w(\d+)_wd([\d.]+)", name):
-            lines.setdefault(int(size[1]), []).append((float(size[2]), group["scores"][1].mean()))
+        if re.fullmatch(r"plain|(w\d+_)?wd[\d.]+", name):
+            c = group["logs"][0]
+            lines.setdefault(c["n_embd"], []).append((c["weight_decay"], group["scores"][1].mean()))
     if lines:
         fig, [[ax]] = figure(theme, 1, 4)
         for shade, (width, points) in zip(np.linspace(0.4, 1, len(lines)), sorted(lines.items())):
