@@ -289,7 +289,7 @@ def calibrate_command(args):
         for _ in range(200):
             order = rng.permutation(rows)
             in_turn += stopping([curves[i] for i in order], told[order], fractions, 0.05, lambda i: final[order[:i]].min() if i else None)  # noqa: B023
-    print("attempts on budgets that 8 or more had, stopped at a chance below 5% three times in a row:")
+    print("runs at token budgets with 8 or more runs, stopped at a chance below 5% three times in a row:")
     for what, (spent, saved, records, lost) in (("against the best of all others", against), ("in random orders, against the best before", in_turn)):
         print(f"  {what}: {saved / spent:.0%} of failed FLOPs saved, {lost:.0f} of {records:.0f} records stopped")
     if args.picture:
