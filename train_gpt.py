@@ -108,21 +108,20 @@ class Config:
     batch_tokens: int = 4096       # tokens per optimizer step, over all ranks
     device_tokens: int = 8192      # tokens per forward pass of one rank; smaller saves memory, costs speed
     loss_chunk: int = 1024         # tokens whose logits exist at the same time
-    muon_lr: float = 0.04          # the attention and MLP matrices
+    muon_lr: float = 0.04          # the attention and MLP matrices, and that of mtp
     muon_momentum: float = 0.95
     momentum_start: float = 0.85   # momentum rises from here to muon_momentum ...
     momentum_warmup: float = 0.1   # ... over this fraction of training
     muon_beta2: float = 0.95       # per-neuron second moment of the orthogonalized update
-    embed_lr: float = 0.03         # AdamW: token embedding
+    embed_lr: float = 0.03         # AdamW: token embedding, and the tables of recall
     head_lr: float = 0.005         # AdamW: output head
-    scalar_lr: float = 0.02        # AdamW: gates, residual and skip scalars
+    scalar_lr: float = 0.02        # AdamW: gates, residual and skip scalars, iha
     adam_beta1: float = 0.8
     adam_beta2: float = 0.95
-    weight_decay: float = 0.1      # decoupled, times the learning rate; on all but gates and scalars
+    weight_decay: float = 0.1      # decoupled, times the learning rate; on all but what scalar_lr is for
     wd_points: str = "0:1"         # its course: fraction of training : multiple of weight_decay, linear in between
     warmup: float = 0.01           # fraction of training until the learning rates reach their height
-    warmdown: float = 0.6          # last fraction of training, in which they fall to final_lr
-    final_lr: float = 0.0          # a multiple, like all lr schedules here
+    warmdown: float = 0.6          # last fraction of training, in which they fall to zero
     # housekeeping
     probes: int = 8                # training in so many parts, and between them a look at the first probe_tokens of validation
     probe_tokens: int = 40_000
@@ -157,7 +156,7 @@ def check_config(c):
     """Refuse what cannot be trained, before anything is loaded."""
     below_one = {"dropout", "loop_from", "bag_until", "ema"}  # at 1 nothing would be left, or the phase never come
     zero_is_fine = {"seed", "loop_first", "loop_last", "loop_times", "probes"}
-    not_fractions = {"softcap", "epochs", "muon_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "final_lr", "distill_temp", "mtp_weight"}
+    not_fractions = {"softcap", "epochs", "muon_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "distill_temp", "mtp_weight"}
     for f in dataclasses.fields(c):
         value = getattr(c, f.name)
         if f.type is int:
@@ -173,7 +172,7 @@ def check_config(c):
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     require(rows % ranks == 0, f"--batch_tokens {c.batch_tokens}: its {rows:g} sequences cannot be divided among {ranks} ranks")
     require(c.device_tokens >= c.seq_len, f"--device_tokens {c.device_tokens}: must hold one sequence of --seq_len {c.seq_len}")
-    require(c.train_tokens > 1, f"--train_tokens {c.train_tokens}: must be 2 or more")
+    require(c.train_tokens > c.bag_size, f"--train_tokens {c.train_tokens}: must be {c.bag_size + 1} or more")
     require(c.window_pattern and not set(c.window_pattern) - set("SL"), f"--window_pattern {c.window_pattern!r}: write it in S and L")
     for name in ("softcap", "epochs", "distill_temp"):
         require(getattr(c, name) > 0, f"--{name} {getattr(c, name):g}: must be above 0")
@@ -199,7 +198,7 @@ def models(c):
     if not c.student:
         return members
     changes = dict(change.partition("=")[::2] for change in c.student.split(","))
-    fixed = {"track", "data", "train_tokens", "seed", "members", "chains", "student", "recall", "memory"}
+    fixed = {"track", "data", "train_tokens", "seed", "members", "chains", "student", "recall", "memory", "softcap"}
     unfit = [name for name in changes if name not in Config.__dataclass_fields__ or name in fixed]
     require(not unfit, f"--student {c.student}: write name=value pairs with commas between, of recipe options; {(unfit or [''])[0]!r} is none")
     return [*members, dataclasses.replace(members[0], seed=c.seed + 1000 * c.members, **typed(changes))]
@@ -238,7 +237,7 @@ def setup_machine(c, args):
     world_size, local_world_size = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     cuda = torch.cuda.is_available() if args.device == "auto" else args.device == "cuda"
     n_gpus = torch.cuda.device_count()
-    require(not cuda or local_rank < n_gpus, f"--device cuda: torch sees {n_gpus} GPU(s), none for rank {local_rank}; use --device cpu")
+    require(not cuda or local_world_size <= n_gpus, f"--device cuda: torch sees {n_gpus} GPU(s) for {local_world_size} process(es); start fewer, or use --device cpu")
     if cuda:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -342,9 +341,8 @@ def read_shard(path, vocab_size, sha256=None):
         n = int(header[2])
         require(n > 1 and size == 4 * HEADER_INTS + 2 * n,
                 f"{path}: {size:,} bytes, where the {n:,} tokens of its header take {4 * HEADER_INTS + 2 * n:,}; prepare the data again")
-        with open(path, "rb") as f:
-            same = sha256 is None or hashlib.file_digest(f, "sha256").hexdigest() == sha256
-        require(same, f"{path}: its sha256 is not the one in meta.json: it has changed, prepare the data again")
+        require(sha256 is None or hashlib.sha256(np.memmap(path, mode="r")).hexdigest() == sha256,
+                f"{path}: its sha256 is not the one in meta.json: it has changed, prepare the data again")
         tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(n,))
     except OSError as e:
         raise Stop(f"{path}: {e.strerror}")
@@ -452,21 +450,16 @@ class Loader:
                 order.append(fitting.pop() if fitting else d)
                 placed.add(order[-1])
                 filled += self.lengths[order[-1]]
-        self.epoch, self.order, self.ends = epoch, order, np.cumsum(self.lengths[order])
+        self.epoch, self.ends = epoch, np.cumsum(self.lengths[order])
+        self.shift = self.starts[order] + self.lengths[order] - self.ends  # from a place in the epoch's stream to that in inputs
         self.rows = rng.permutation(self.rows_per_epoch)
 
     def row(self, i):
         """The T inputs of the epoch's stream from i*T on and the next one (or bag), as far as there are any."""
-        at, stop, pieces = i * self.T, min(i * self.T + self.T + self.bag, len(self.tokens)), []
-        d = int(np.searchsorted(self.ends, at, side="right"))
-        while at < stop:
-            document = self.order[d]
-            offset = at - (self.ends[d] - self.lengths[document])
-            n = min(stop - at, self.lengths[document] - offset)
-            first = self.starts[document] + offset
-            pieces.append(self.inputs[first:first + n])
-            at, d = at + n, d + 1
-        return np.concatenate(pieces)
+        at, stop = i * self.T, min((i + 1) * self.T + self.bag, len(self.tokens))
+        first, last = np.searchsorted(self.ends, (at, stop - 1), side="right")
+        cuts = [at, *self.ends[first:last], stop]
+        return np.concatenate([self.inputs[a + shift:b + shift] for a, b, shift in zip(cuts, cuts[1:], self.shift[first:last + 1])])
 
     def batch(self, step):
         """This rank's inputs, int64 [rows, T, 1 + recalled(c)], its targets [rows, T / bag, bag], and the number of targets in the batch of all ranks."""
@@ -503,19 +496,13 @@ def param_shapes(c, vocab_size):
 def init_params(c, vocab_size):
     """Float32 parameters on the CPU, started as in nanochat and Slowrun: layers as the identity, the first loss ln(vocab_size)."""
     g, bound = torch.Generator().manual_seed(c.seed), (3 / c.n_embd) ** 0.5  # uniform with variance 1 / fan_in
-    p = {name: torch.zeros(shape) for name, shape in param_shapes(c, vocab_size).items()}
+    start = {"mix": torch.tensor([1.1, 0.1]), "skip": torch.ones(1), "iha": torch.eye(c.n_head)}
+    p = {name: start.get(name, torch.zeros(1)).expand(shape).clone() for name, shape in param_shapes(c, vocab_size).items()}
     p["wte"].normal_(0, 1, generator=g)
     p["lm_head"].normal_(0, 0.001, generator=g)
-    p["attn"].uniform_(-bound, bound, generator=g)[:, 3] = 0
-    p["mlp_in"].uniform_(-bound, bound, generator=g)
-    if "mix" in p:
-        p["mix"][:] = torch.tensor([1.1, 0.1])
-    if "skip" in p:
-        p["skip"][:] = 1
-    if "iha" in p:
-        p["iha"][:] = torch.eye(c.n_head)
-    if "mtp" in p:
-        p["mtp"].uniform_(-bound, bound, generator=g)
+    for name in [name for name in ("attn", "mlp_in", "mtp") if name in p]:
+        p[name].uniform_(-bound, bound, generator=g)
+    p["attn"][:, 3] = 0
     return p
 
 def norm(x):
@@ -646,7 +633,7 @@ def forward(p, inputs, c, m, bos_id, phase, training=False, compiled=False):
     return norm(x)
 
 def flops_per_token(c, vocab_size, phase):
-    """FLOPs of a forward pass per token: two per weight that is multiplied, and the attention over the average window."""
+    """FLOPs of a forward pass per position: two per weight that is multiplied, and the attention over the average window."""
     weights = sum(math.prod(shape[1:]) for name, shape in param_shapes(c, vocab_size).items()
                   if name in ("attn", "mlp_in", "mlp_out", "gates"))
     windows = [min(layer_window(c, i), c.seq_len) for i in phase[0]]
@@ -671,7 +658,6 @@ def objective_chunk(h, w, targets, softcap, alpha, temp, teachers):
     lse = logits.logsumexp(-1, keepdim=True)
     loss = ((lse - logits.gather(1, index)) * counted).sum()
     slope = logits.square().mul_(-1 / softcap ** 2).add_(1)  # of the softcap
-    pull = None
     if teachers:
         mix = None
         for h_t, w_t, log_share in teachers:
@@ -816,8 +802,9 @@ class MuonAdamW:
 
     @torch.no_grad()
     def state_dict(self):
-        """Every rank's state put together, on the CPU, in the shape that one rank would have: resumes on any number."""
-        return {name: [self.gather(own, len(self.rows(name, w)), len(own)).cpu() for own in self.state[name]] for name, w in self.p.items()}
+        """Every rank's state put together, on the CPU of the first, in the shape that one rank would have: resumes on any number."""
+        keep = "cpu" if self.m.rank == 0 else "meta"  # only the first writes it
+        return {name: [self.gather(own, len(self.rows(name, w)), len(own)).to(keep) for own in self.state[name]] for name, w in self.p.items()}
 
     @torch.no_grad()
     def load_state_dict(self, full):
@@ -826,14 +813,14 @@ class MuonAdamW:
                 mine = whole[self.m.rank * len(own):(self.m.rank + 1) * len(own)]
                 own[:len(mine)].copy_(mine)
 
-# ---- schedules: pure functions of the fraction of training that is done, in [0, 1) ------------------------------------
+# ---- schedules: pure functions of the fraction of training that is done, in [0, 1] ------------------------------------
 
 def lr_schedule(done, c):
     """Warmup, hold, warmdown: the multiple of every learning rate. `done` is taken at the middle of a step, so that
     neither the first nor the last step is wasted on a rate of zero."""
     if done < c.warmup:
         return done / c.warmup
-    return c.final_lr + (1 - c.final_lr) * min(1.0, (1 - done) / max(c.warmdown, 1e-9))
+    return min(1.0, (1 - done) / max(c.warmdown, 1e-9))
 
 def momentum_schedule(done, c):
     return c.momentum_start + (c.muon_momentum - c.momentum_start) * min(1.0, done / max(c.momentum_warmup, 1e-9))
@@ -876,7 +863,7 @@ def write_npy(path, array):
 
 def saved(run, kind):
     """Checkpoints of a kind ("state": to go on from; "weights": to score), oldest first."""
-    return sorted(run.glob(f"{kind}-*.*.pt"))
+    return sorted(run.glob(f"{kind}-*.*.pt"), key=lambda path: (len(path.name), path.name))  # longer names have larger numbers
 
 def save_tensors(run, kind, number, content, keep=None):
     """Write run/KIND-NUMBER.DIGEST.pt, and delete all but the newest `keep` of its kind. The digest is of the bytes."""
@@ -896,8 +883,8 @@ def load_tensors(path):
 
 def save_state(run, p, optimizer, ema, progress, log, m):
     """Everything that training needs to go on as if it had never stopped. progress: the model and its step, seconds on the track's
-    clock over all parts of the run, seconds of compilation beside it, and the length of the log so far. Between two models
-    there is no more than that: p and ema are {}, the optimizer is None."""
+    clock over all parts of the run, seconds of compilation beside it, the length of the log so far, and the most ranks
+    and threads that it had. Between two models there is no more than that: p and ema are {}, the optimizer is None."""
     optimizer_state = optimizer.state_dict() if optimizer else {}  # every rank takes part in this
     if m.rank == 0:
         progress["log_bytes"] = log.sync()
@@ -1030,9 +1017,8 @@ def sample(run, c, m, meta, recall, prompt, n_tokens, temperature=0.8):
 # ---- training ---------------------------------------------------------------------------------------------------------
 
 class Log:
-    """log.txt and the terminal, on rank 0. A run that goes on cuts off what was logged after its checkpoint: it reads as one. The file is
-    locked: two processes would spoil each other's run."""
-    def __init__(self, run, m, length=0):
+    """log.txt and the terminal, on rank 0. The file is locked: two processes would spoil each other's run."""
+    def __init__(self, run, m):
         self.file, self.shown = None, -math.inf
         if m.rank == 0:
             self.file = open(run / "log.txt", "ab")
@@ -1040,7 +1026,6 @@ class Log:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise Stop(f"--resume {run}: another process is at work on this run; wait for it, or stop it first")
-            self.file.truncate(length)
 
     def __call__(self, line, show=True, pause=0.0):
         """pause: on the terminal only if nothing was for so many seconds."""
@@ -1050,6 +1035,11 @@ class Log:
             if show and time.monotonic() - self.shown >= pause:
                 self.shown = time.monotonic()
                 print(line, flush=True)
+
+    def cut(self, length):
+        """What was logged after the checkpoint from which a run goes on is dropped: the log reads as one."""
+        if self.file:
+            self.file.truncate(length)
 
     def sync(self):
         """Put on disk what was written so far. Returns its length in bytes."""
@@ -1097,9 +1087,6 @@ class Schedule:
         parts = (self.bags, min(step, self.n_bags)), (self.plain, max(0, step - self.n_bags))
         return sum(n * loader.batch_rows / loader.rows_per_epoch for loader, n in parts if loader)
 
-    def tokens_seen(self, c):
-        return sum(c.batch_tokens * bag for _, bag in self.phases)
-
 def train_flops(c, schedule, vocab_size, teachers):
     """Of a model's training: a backward pass costs two forward passes, a teacher one."""
     taught = sum(flops_per_token(t, vocab_size, phase_schedule(1.0, t)) for t in teachers)
@@ -1113,6 +1100,7 @@ def distinct(runs):
 def compile_all(runs, m, meta):
     """Compile every phase of training on made-up tokens; where that fails, go on without. runs: (Config, Schedule, teachers' configs) of
     each model that is to be trained. Returns the seconds it took."""
+    all_reduce(m, torch.zeros(1, device=m.device)).item()  # waiting for a rank that is late is not compilation ...
     began, vocab_size = time.monotonic(), meta["vocab_size"]
     if m.compiled and runs:
         if m.rank == 0:
@@ -1127,16 +1115,16 @@ def compile_all(runs, m, meta):
                         train_pass(p, x, x[..., 0].contiguous().unflatten(1, (-1, phase[1])), 1, c, m, meta["bos_id"], phase, (0,), teachers)
         except RuntimeError as e:  # as which torch._dynamo passes on whatever the compiler ran into
             set_compiled(m, "auto", f"the compiler failed, {first_line(e)}")
-    all_reduce(m, torch.zeros(1, device=m.device)).item()  # waiting for the slowest rank is compilation, too
+    all_reduce(m, torch.zeros(1, device=m.device)).item()  # ... but waiting for the slowest compiler is
     return time.monotonic() - began
 
-def train(c, runs, run, m, meta, probe, asked_to_stop):
+def train(c, runs, run, m, meta, probe, asked_to_stop, log):
     """Train the models of a run from its last checkpoint, or from the start. runs: (Config, Schedule, its teachers' configs) of each;
-    probe: inputs [1, length, 1 + recalled(c)] that are looked at in between. Returns (progress, Log)."""
+    probe: inputs [1, length, 1 + recalled(c)] that are looked at in between. Returns its progress."""
     state = load_state(run)
     progress, trained = state["progress"], models(c)
-    progress["ranks"] = max(m.world_size, progress.get("ranks", 0))
-    log = Log(run, m, progress["log_bytes"])
+    progress |= {"ranks": max(m.world_size, progress.get("ranks", 0)), "threads": max(torch.get_num_threads(), progress.get("threads", 0))}
+    log.cut(progress["log_bytes"])
     if progress["log_bytes"]:
         log(f"resumed at step {progress['step']} of model {progress['model'] + 1}")
     else:
@@ -1160,6 +1148,7 @@ def train(c, runs, run, m, meta, probe, asked_to_stop):
             p = train_model(k, one, run, m, meta, schedule, teachers, state if state["params"] else None, progress, log, probe, start, asked_to_stop, len(runs))
             if m.rank == 0:
                 save_tensors(run, "weights", k, {name: w.detach().cpu() for name, w in p.items()})
+            del p  # the next model needs the memory
             progress |= {"model": k + 1, "step": 0, "seconds": time.monotonic() - start}
             state = {"params": {}}
         if m.world_size > 1:
@@ -1172,18 +1161,16 @@ def train(c, runs, run, m, meta, probe, asked_to_stop):
                 log(f"member {k + 1} done: val_loss {mean_nll(nll):.4f}, the members so far together {together:.4f}, on the first {nll.size:,} tokens")
         if new:
             save_state(run, {}, None, {}, progress, log, m)
-    return progress, log
+    return progress
 
 def train_model(k, c, run, m, meta, schedule, teachers, state, progress, log, probe, start, asked_to_stop, n_models):
     """Train one model of a run, from the state of a checkpoint or from the start. Returns its final weights."""
     bos_id, total = meta["bos_id"], schedule.total
-    p = {name: w.to(m.device).requires_grad_() for name, w in init_params(c, meta["vocab_size"]).items()}
-    optimizer, ema = MuonAdamW(p, c, m), {name: w.detach().clone() for name, w in p.items()} if c.ema else {}
+    begin = state or {"params": init_params(c, meta["vocab_size"])}
+    p = {name: w.to(m.device).requires_grad_() for name, w in begin["params"].items()}
+    ema = {name: w.detach().to(m.device, copy=True) for name, w in begin.get("ema", p).items()} if c.ema else {}
+    optimizer = MuonAdamW(p, c, m)
     if state:
-        with torch.no_grad():
-            for target, source in ((p, state["params"]), (ema, state["ema"])):
-                for name, w in target.items():
-                    w.copy_(source[name])
         optimizer.load_state_dict(state["optimizer"])
     who = f"member {k + 1} " if n_models > 1 else ""
     probe_at = {round(total * (i + 1) / c.probes) for i in range(c.probes - 1)}
@@ -1230,12 +1217,12 @@ def finish(progress, log, c, runs, run, m, meta, recall, val_tokens, steps):
         "track": c.track, "trial": steps is not None, "seed": c.seed, "members": len(runs), "scored": len(scored),
         "val_loss": mean_nll(nll), "val_bpb": nll.sum() / math.log(2) / meta["text_bytes"]["val"], "val_tokens": nll.size - 1,
         "train_seconds": progress["seconds"], "compile_seconds": progress["compile_seconds"], "steps": sum(schedule.total for _, schedule, _ in runs),
-        "train_tokens": c.train_tokens, "tokens_seen": sum(schedule.tokens_seen(one) for one, schedule, _ in runs),
+        "train_tokens": c.train_tokens, "tokens_seen": sum(one.batch_tokens * bag for one, schedule, _ in runs for _, bag in schedule.phases),
         "parameters": sum(math.prod(shape) for one in scored for shape in param_shapes(one, vocab_size).values()),
         "train_flops": sum(train_flops(one, schedule, vocab_size, taught) for one, schedule, taught in runs),
         "score_flops_per_token": sum(flops_per_token(one, vocab_size, phase_schedule(1.0, one)) for one in scored),
         "source_sha256": SOURCE_SHA256, "data_sha256": meta["sha256"], "hardware": hardware(m), "ranks": progress["ranks"],
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        "threads": progress["threads"], "torch": torch.__version__, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     peak = torch.cuda.max_memory_allocated(m.device) if m.device.type == "cuda" else rss
     log(f"trained for {progress['seconds']:.1f} s, {record['tokens_seen']:,} tokens seen, {record['train_flops']:.4g} FLOPs, "
@@ -1281,6 +1268,9 @@ def train_command(given, args):
     runs = [(one, Schedule(inputs, meta["bos_id"], one, m, args.steps), taught) for one, taught in lessons(c)]
     if m.rank == 0:
         run.mkdir(parents=True, exist_ok=True)
+    log = Log(run, m)  # from here on the folder is this process's alone
+    if m.rank == 0:
+        require(args.resume or not (run / "config.json").exists(), f"{run}: another run took this name just now; name one with --run_dir")
         content = {name: getattr(args, name) for name in ASKED} | {"config": dataclasses.asdict(c), "data": meta}
         write_file(run / "config.json", json.dumps(content, indent=1).encode())
     asked_to_stop = []
@@ -1291,24 +1281,24 @@ def train_command(given, args):
         asked_to_stop.append(time.monotonic())
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
-    trained = train(c, runs, run, m, meta, recall.inputs(val_tokens[None, :c.probe_tokens]), asked_to_stop)
+    progress = train(c, runs, run, m, meta, recall.inputs(val_tokens[None, :c.probe_tokens]), asked_to_stop, log)
     asked_to_stop.insert(0, -math.inf)
-    finish(*trained, c, runs, run, m, meta, recall, val_tokens, args.steps)
+    finish(progress, log, c, runs, run, m, meta, recall, val_tokens, args.steps)
 
 def join_runs(folders, run):
     """--join RUN RUN ...: finished runs of one recipe and different seeds, each a chain trained apart, become one run that is trained but not
     scored, as if they had run side by side: the clock is the slowest one's, their ranks add up."""
-    parts = [(path, *read_run(path)[:2], load_state(path)["progress"]) for path in folders]
-    _, c, meta, _ = parts[0]
-    seeds, text = {one.seed for _, part, _, _ in parts for one in models(part)}, []
+    parts = [(path, *read_run(path), load_state(path)["progress"]) for path in folders]
+    _, c, meta, asked, _ = parts[0]
+    seeds, text = {one.seed for _, part, *_ in parts for one in models(part)}, []
     joined = dataclasses.replace(c, members=c.members * len(parts), chains=len(parts))
-    for path, part, data, _ in parts:
+    for path, part, data, given, _ in parts:
         require((path / "record.json").exists(), f"--join {path}: is not finished; go on with --resume {path}")
-        require((dataclasses.replace(part, seed=c.seed), data, part.chains, part.student) == (c, meta, 1, ""),
+        require((dataclasses.replace(part, seed=c.seed), data, given["steps"], part.chains, part.student) == (c, meta, asked["steps"], 1, ""),
                 f"--join {path}: differs from {folders[0]} in more than the seed, or has chains or a student already")
     require(run and not run.exists() and len(seeds) == joined.members > c.members, "--join: name several runs of different seeds, and with --run_dir a new folder")
     run.mkdir(parents=True)
-    for i, (path, part, _, progress) in enumerate(parts):
+    for i, (path, part, *_, progress) in enumerate(parts):
         head, _, lines = (path / "log.txt").read_bytes()[:progress["log_bytes"]].decode().partition(SOURCE_END)
         text = text or [f"{head}{SOURCE_END}\nconfig {json.dumps(dataclasses.asdict(joined))}\ndata {json.dumps(meta)}"]
         text += [f"chain {i + 1} of {len(parts)}: {progress['ranks']} rank(s), {progress['seconds']:.1f} s, seed {part.seed}{lines}".rstrip()]
@@ -1318,7 +1308,7 @@ def join_runs(folders, run):
             shutil.copy(weights, run / weights.name.replace(f"{k:07d}", f"{i * c.members + k:07d}"))
     log = "\n".join([*text, ""]).encode()
     write_file(run / "log.txt", log)
-    clock = {name: total(progress[name] for *_, progress in parts) for name, total in (("seconds", max), ("compile_seconds", max), ("ranks", sum))}
+    clock = {name: total(progress[name] for *_, progress in parts) for name, total in (("seconds", max), ("compile_seconds", max), ("ranks", sum), ("threads", max))}
     save_tensors(run, "state", joined.members * 10 ** 7, {"params": {}, "source": SOURCE_SHA256, "progress": {"model": joined.members, "step": 0, "log_bytes": len(log)} | clock})
     write_file(run / "config.json", json.dumps(read_json(folders[0] / "config.json", dict) | {"config": dataclasses.asdict(joined)}, indent=1).encode())
     print(f"{run}: {joined.members} members in {len(parts)} chains; score them with: python {SCRIPT} --resume {run}")

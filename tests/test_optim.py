@@ -165,11 +165,11 @@ def test_state_goes_from_any_number_of_ranks_to_any_other():
 
 
 def test_lr_schedule():
-    c = t.Config(warmup=0.1, warmdown=0.4, final_lr=0.1)
+    c = t.Config(warmup=0.1, warmdown=0.4)
     assert t.lr_schedule(0.05, c) == pytest.approx(0.5)
     assert t.lr_schedule(0.1, c) == t.lr_schedule(0.6, c) == 1.0
-    assert t.lr_schedule(0.8, c) == pytest.approx(0.1 + 0.9 * 0.5)
-    assert t.lr_schedule(1.0, c) == pytest.approx(0.1)
+    assert t.lr_schedule(0.8, c) == pytest.approx(0.5)
+    assert t.lr_schedule(1.0, c) == 0.0
     assert t.lr_schedule(0.0, t.Config(warmup=0.0)) == 1.0
 
 

@@ -132,7 +132,7 @@ def test_killed_runs_end_as_if_they_had_not_been(tiny_data, finished_run, tmp_pa
     run, rng = tmp_path / "run", random.Random(when)
     process = start(tiny_data, run, recipe=TINY | dict(save_every=1 if when == "checkpoint" else 5))  # often enough to be hit
     states = lambda: t.saved(run, "state")  # noqa: E731
-    wait_for(run, {"early": lambda: (run / "log.txt").exists(),
+    wait_for(run, {"early": lambda: (run / "config.json").exists(),
                    "training": lambda: len(states()) and states()[-1].name >= "state-0000015",
                    "checkpoint": lambda: len(states()) and list(run.glob("state-*.tmp")),
                    "scoring": lambda: t.saved(run, "weights")}[when], process)
@@ -167,9 +167,12 @@ def test_two_processes_on_one_run(tiny_data, finished_run, tmp_path):
     process = start(tiny_data, run)
     wait_for(run, lambda: (run / "log.txt").exists() and "\nstep 3/" in (run / "log.txt").read_text(), process)
     os.kill(process.pid, signal.SIGSTOP)
-    second = resume(run)
+    config = (run / "config.json").read_bytes()
+    for argv in ([], ["--members", "3"]):
+        second = resume(run, *argv)
+        assert second.returncode == 2 and second.stderr.count("\n") == 1 and "another process" in second.stderr
+    assert (run / "config.json").read_bytes() == config
     os.kill(process.pid, signal.SIGCONT)
-    assert second.returncode == 2 and second.stderr.count("\n") == 1 and "another process" in second.stderr
     assert process.wait(60) == 0
     assert_same_end(run, finished_run)
 
@@ -180,6 +183,24 @@ def stop_after(tiny_data, run, steps, **changes):
     wait_for(run, lambda: len(t.saved(run, "state")) and t.saved(run, "state")[-1].name >= f"state-{steps:07d}", process)
     process.kill()
     process.wait()
+
+
+def test_two_runs_that_took_one_name(tiny_data, finished_run, tmp_path, monkeypatch):
+    """Neither saw the other's folder when it looked: the first keeps it."""
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    given, args = t.parse_args([*options(**TINY | {"seed": 5}, data=tiny_data), *PLAIN])
+    args.run_dir = run
+    with pytest.raises(t.Stop, match="another run took this name"):
+        t.train_command(given, args)
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_checkpoints_of_many_members(tmp_path):
+    """Of a chain's eleventh member, too, the newest is the last in the list and the one that is kept."""
+    for number in (9 * 10 ** 7 + 200, 10 ** 8, 10 ** 8 + 100):
+        t.save_tensors(tmp_path, "state", number, {"step": torch.tensor(number)}, keep=2)
+    assert [int(t.load_tensors(path)["step"]) for path in t.saved(tmp_path, "state")] == [10 ** 8, 10 ** 8 + 100]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
@@ -202,9 +223,15 @@ def test_resumed_as_it_was_started(tiny_data, finished_run, tmp_path):
     """The command that a stopped run prints names no options: device, attention and compiler are those of the start."""
     run = tmp_path / "run"
     stop_after(tiny_data, run, 10)
+    path = t.saved(run, "state")[-1]
+    state = t.load_tensors(path)
+    path.unlink()
+    state["progress"]["threads"] += 7  # as if the first part had run on a larger machine
+    t.save_tensors(run, "state", 10 ** 6, state)
     done = subprocess.run([sys.executable, "train_gpt.py", "--resume", str(run)], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "compiled: no" in (run / "log.txt").read_text().split("resumed at step")[1]
+    assert json.loads((run / "record.json").read_text())["threads"] == state["progress"]["threads"]  # the track's limit holds for all parts
     assert_same_end(run, finished_run)
 
 
@@ -450,7 +477,9 @@ def test_chains_trained_apart(tiny_data, cli, tmp_path):
     assert cli("--resume", joined, "--members", 6, *PLAIN)[0] == 2  # which chain would it be?
     assert cli("--resume", joined, "--student", CHAIN["student"], *PLAIN)[0] == 0
     assert json.loads((joined / "record.json").read_text())["members"] == 5
-    for argv, named in [((runs[0], runs[0], "--run_dir", tmp_path / "x"), "seeds"), ((runs[0], "--run_dir", tmp_path / "x"), "several"), ((*runs, "--run_dir", joined), "already holds"),
+    trial = tmp_path / "trial"
+    assert cli(*options(**two | dict(seed=1), data=tiny_data), "--run_dir", trial, "--steps", 5, *PLAIN)[0] == 0
+    for argv, named in [((runs[0], runs[0], "--run_dir", tmp_path / "x"), "seeds"), ((runs[0], trial, "--run_dir", tmp_path / "x"), str(trial)), ((runs[0], "--run_dir", tmp_path / "x"), "several"), ((*runs, "--run_dir", joined), "already holds"),
                         ((*runs,), "--run_dir"), ((runs[0], joined, "--run_dir", tmp_path / "x"), str(joined)), ((runs[0], tmp_path / "none", "--run_dir", tmp_path / "x"), "none"),
                         ((*runs, "--seed", 3, "--run_dir", tmp_path / "x"), "--seed")]:
         status, _, err = cli("--join", *argv)
@@ -568,6 +597,7 @@ BAD_OPTIONS = [
     (["--dtype", "fp8"], "--dtype"), (["--track", "nonesuch"], "--track"), (["--train_tokens", "40000"], "--train_tokens"),
     (["--nonesuch", "1"], "--nonesuch"), (["--steps", "0"], "--steps"), (["--attention", "varlen"], "--attention"), (["--seed", "-1"], "--seed"),
     (["--members", "0"], "--members"), (["--student", "depth=3", "--distill_alpha", "0.5"], "--student"), (["--student", "n_layer=2"], "--student"),
+    (["--student", "distill_alpha=0.5,softcap=30"], "softcap"), (["--train_tokens", "2", "--bag_size", "2", "--bag_until", "0.5"], "--train_tokens"),
     (["--student", "distill_alpha=0.5,n_layer=x"], "cannot be read"), (["--bag_until", "1"], "--bag_until"), (["--ema", "1"], "--ema"),
     (["--distill_temp", "0"], "--distill_temp"),
     (["--members", "3", "--chains", "2"], "--chains"),
