@@ -10,6 +10,7 @@ A forecast reads logs alone: the run's, and those of all finished runs in record
 schedule. records/README.md says what it can and cannot know. NAME of a picture: NAME_light.svg and NAME_dark.svg are written.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -32,6 +33,7 @@ FIRST = 0.1         # no forecast before this fraction of a run
 FEWEST = 8          # runs to learn from
 IN_A_ROW = 3        # forecasts below a chance before a run is stopped: a single one stops a future record now and then (calibrate)
 LINE = re.compile(r"(?:member (\d+) )?(step|probe) (\d+)/(\d+) (?:epoch \S+ loss|val_loss) (\d+\.\d+)")
+NEEDED = ("seed", "data", "train_tokens", "epochs", "n_embd", "n_layer", "muon_lr", "weight_decay", "dropout", "warmdown")  # of a log's config
 BANDS = {"80%": (0.1, 0.9), "50%": (0.25, 0.75)}
 
 # ---- what logs say ----------------------------------------------------------------------------------------------------
@@ -46,6 +48,8 @@ def read_curves(path):
         config = json.loads(re.search(r"^config (.*)$", text, re.MULTILINE)[1])
     except (OSError, TypeError, ValueError) as e:
         raise Refused(f"{path}: not the log of a run ({type(e).__name__})")
+    if lacking := [name for name in NEEDED if name not in config]:
+        raise Refused(f"{path}: its script has no option {lacking[0]}, by which runs are told apart")
     seen = {}
     for line in text.splitlines():
         if found := LINE.match(line):
@@ -64,8 +68,12 @@ def read_curves(path):
 def library(data, root=ROOT):
     """The models of all finished runs in records/ on this data, those that are logged twice once."""
     kept = {}
-    for path in [*sorted((root / "records").glob("*/*/*.log")), *sorted((root / "records").glob("*/*/log*.txt")), *sorted((root / "records").glob("*/*/*/log*.txt"))]:
-        for curve in read_curves(path):
+    for path in (path for pattern in ("*/*/*.log", "*/*/log*.txt") for path in sorted((root / "records").glob(pattern))):
+        try:
+            curves = read_curves(path)
+        except Refused:  # a script that went another way
+            continue
+        for curve in curves:
             # an average of weights that has not begun is no probe of anything: then a loss is that of a uniform guess
             usable = len(curve["probes"]) > 3 and curve["probes"][:, 1].max() < 5 and not curve["config"].get("student")
             if usable and curve["final"] and curve["config"]["data"].split("/")[-1] == data:
@@ -153,28 +161,29 @@ def ensemble_gain(curves, rng):
     gains = [(np.mean([math.log(c["final"]) for c in run]) - math.log(run[0]["score"])) / (1 - 1 / len(run)) for run in runs.values() if len(run) == run[0]["members"]]
     return rng.normal(np.mean(gains) if gains else 0.02, max(0.005, np.std(gains)) if len(gains) > 1 else 0.01, DRAWS)
 
-def draws(run, forecaster, others, rng):
-    """Final scores of a run, [DRAWS], as likely as they seem when its last model has done the forecaster's fraction. run: its curves so far; others:
-    the library. Models that are to come are taken to end like the present one."""
-    present = run[-1]
-    log_final = forecaster(present, rng)
+def draws(run, forecasters, at, others):
+    """Final scores of a run, [DRAWS], as likely as they seem when its last model has done the fraction `at`. run: its curves so far; forecasters: by
+    fraction; others: the library. Of models that are done only their last probes count, for what each scores alone is logged at the very end; those
+    that are to come are taken to end like the present one."""
+    present, told = run[-1], lambda curve, at: forecasters[at](curve, np.random.default_rng(0))
+    log_final = told(present, at)
     if present["members"] == 1:
         return np.exp(log_final)
-    alone = [np.full(DRAWS, math.log(curve["final"])) if curve["final"] else log_final for curve in run[:-1]]
+    alone = [told(curve, max(forecasters)) for curve in run[:-1]]
     all_alone = np.mean(alone + [log_final] * (present["members"] - len(alone)), axis=0)
-    return np.exp(all_alone - ensemble_gain(others, rng) * (1 - 1 / present["members"]))
+    return np.exp(all_alone - ensemble_gain(others, np.random.default_rng(1)) * (1 - 1 / present["members"]))
 
 def bar(track, root=ROOT):
-    """(loss that a run must reach to beat the track's standing record, that record's name and loss). Better by chance is not enough: compare
-    asks for p < 0.01, at one seed each some 3.3 standard deviations of a single seed's loss."""
+    """(loss that a run must reach to beat the track's standing record, that record's name and loss). Better by chance is not enough: compare asks for
+    p < 0.01, two-sided, in Student's t with some 18 degrees of freedom: 2.88 standard errors, of two seeds and a little of the text."""
     tracks, standing = read_tracks(root), earlier_records(root, track, "~")
     if track not in tracks["tracks"] or not standing:
         return None, None
     folder, record = min(standing, key=lambda entry: mean_loss(entry[1]))
-    return mean_loss(record) - 2.33 * math.sqrt(2) * tracks["datasets"][tracks["tracks"][track]["dataset"]].get("seed_sd", 0.0), f"{folder.name}, {mean_loss(record):.4f}"
+    return mean_loss(record) - 3.0 * math.sqrt(2) * tracks["datasets"][tracks["tracks"][track]["dataset"]].get("seed_sd", 0.0), f"{folder.name}, {mean_loss(record):.4f}"
 
 def forecast(folder, root=ROOT):
-    """Forecasts over a run's life: (its curves, the record's bar and name, [(models done + fraction of the present one, draws)])."""
+    """Forecasts over a run's life: (its curves, the record's bar and name, [(models done + fraction of the present one, loss of the probe there, draws)])."""
     run = read_curves(folder / "log.txt")
     if not run or run[0]["config"].get("student"):
         raise Refused(f"{folder}: {'runs with a student are not forecast' if run else 'no step is logged yet'}")
@@ -183,9 +192,10 @@ def forecast(folder, root=ROOT):
     if len(curves) < FEWEST:
         raise Refused(f"{folder}: records/ has only {len(curves)} finished runs on {config['data']} to learn from, {FEWEST} are the fewest")
     unseen = [curve for curve in curves if curve["recipe"] != run[0]["recipe"] or run[-1]["score"] is None]  # a finished run is not foretold from itself
-    forecasters = {at: Forecaster(unseen, at) for at in sorted({*np.concatenate([curve["probes"][:, 0] for curve in run])}) if at >= FIRST}  # members share them
-    life = [(k + at, draws([*run[:k], curve | {"probes": curve["probes"][curve["probes"][:, 0] <= at + 1e-9]}], forecasters[at], unseen, np.random.default_rng(0)))
-            for k, curve in enumerate(run) for at in curve["probes"][:, 0] if at >= FIRST]
+    fractions = sorted({*np.concatenate([curve["probes"][:, 0] for curve in run])})
+    forecasters = {at: Forecaster(unseen, at) for at in fractions if at >= FIRST and sum(known_at(curve, at) for curve in unseen) >= FEWEST}  # members share them
+    life = [(k + at, loss, draws([*run[:k], curve | {"probes": curve["probes"][curve["probes"][:, 0] <= at + 1e-9]}], forecasters, at, unseen))
+            for k, curve in enumerate(run) for at, loss in curve["probes"] if at in forecasters]
     return run, bar(config["track"], root), life
 
 def chance(values, limit):
@@ -199,9 +209,9 @@ def run_command(args):
     if not life:
         raise Refused(f"{args.folder}: no probe after the first {FIRST:.0%} yet; wait for it")
     print(f"{'done':>6} {'probe':>8} {'median':>8}   80% interval      chance of a record")
-    for (done, values), at in zip(life, [row for curve in run for row in curve["probes"] if row[0] >= FIRST]):
+    for done, probe, values in life:
         low, middle, high = np.quantile(values, (0.1, 0.5, 0.9))
-        print(f"{done / present['members']:6.0%} {at[1]:8.4f} {middle:8.4f}   {low:.4f} to {high:.4f}  " + (f"{chance(values, limit):6.1%}" if limit else "no record on this track yet"))
+        print(f"{done / present['members']:6.0%} {probe:8.4f} {middle:8.4f}   {low:.4f} to {high:.4f}  " + (f"{chance(values, limit):6.1%}" if limit else "no record on this track yet"))
     if limit:
         print(f"a record is a loss below {limit:.4f}: the standing one ({standing}) less what compare asks for")
     if args.picture:
@@ -210,9 +220,10 @@ def run_command(args):
 def watch_command(args):
     """Start a run and read its log; ask it to stop once its chance is too small."""
     command = args.rest
-    where = [command[i + 1] for i, word in enumerate(command[:-1]) if word in ("--run_dir", "--resume")]
-    if not where or not 0 < args.chance < 1:
-        raise Refused("watch: write a chance between 0 and 1, then --, then a training command with --run_dir or --resume")
+    words = [word for part in command for word in part.split("=", 1)]
+    where = [words[i + 1] for i, word in enumerate(words[:-1]) if word in ("--run_dir", "--resume")]
+    if not where or not 0 < args.chance < 1 or not args.every > 0:
+        raise Refused("watch: write a chance between 0 and 1, --every above 0, then --, then a training command with --run_dir or --resume")
     folder, asked, seen = Path(where[0]), None, 0
     try:
         child = subprocess.Popen(command)
@@ -228,9 +239,9 @@ def watch_command(args):
             except Refused as e:
                 print(f"forecast.py: {e}", flush=True)
                 continue
-            p = [chance(values, limit) for _, values in life[-IN_A_ROW:]]
+            p = [chance(values, limit) for *_, values in life[-IN_A_ROW:]]
             if len(p) == IN_A_ROW and max(p) < args.chance:
-                low, middle, high = np.quantile(life[-1][1], (0.1, 0.5, 0.9))
+                low, middle, high = np.quantile(life[-1][-1], (0.1, 0.5, 0.9))
                 asked = (f"forecast.py: stopped, for the chance that this run beats {standing} is {p[-1]:.1%}, below {args.chance:.1%} for the {IN_A_ROW}rd time in a row: its end is foretold at "
                          f"{middle:.4f}, {low:.4f} to {high:.4f}; go on all the same with: python train_gpt.py --resume {folder}")
                 child.send_signal(signal.SIGTERM)
@@ -241,23 +252,23 @@ def watch_command(args):
 # ---- how good it is ---------------------------------------------------------------------------------------------------
 
 def unseen_forecasts(curves, at):
-    """Sorted draws of each curve's final loss, [n, DRAWS], from the curves of all other recipes; NaN where it has no probe there."""
+    """Draws of each curve's final loss, [n, DRAWS], from the curves of all other recipes; NaN where it has no probe there."""
     out, cache, rng = np.full((len(curves), DRAWS), np.nan), {}, np.random.default_rng(0)
     for i, curve in enumerate(curves):
         if known_at(curve, at):
             if curve["recipe"] not in cache:
                 cache[curve["recipe"]] = Forecaster([other for other in curves if other["recipe"] != curve["recipe"]], at)
-            out[i] = np.sort(np.exp(cache[curve["recipe"]](curve, rng)))
+            out[i] = np.exp(cache[curve["recipe"]](curve, rng))
     return out
 
 def stopping(curves, told, fractions, least, standing):
     """Curves as attempts at standing(i), the loss of the best that the i-th has to beat (None: no attempt), each stopped when its chance was below
-    `least` IN_A_ROW times. told: sorted draws [curve, fraction, DRAWS]. Returns FLOPs of the failed ones, those of them saved, number of records, and of these stopped."""
+    `least` IN_A_ROW times. told: draws [curve, fraction, DRAWS]. Returns FLOPs of the failed ones, those of them saved, number of records, and of these stopped."""
     spent, saved, records, lost = 0.0, 0.0, 0, 0
     for i, curve in enumerate(curves):
         best = standing(i)
         if best is not None:
-            low = [np.searchsorted(values, best) < least * DRAWS for values in told[i]]
+            low = [chance(values, best) < least for values in told[i]]
             stopped = next((fractions[k] for k in range(IN_A_ROW - 1, len(low)) if all(low[k - IN_A_ROW + 1:k + 1])), 1.0)
             if curve["final"] < best:
                 records, lost = records + 1, lost + (stopped < 1)
@@ -348,18 +359,20 @@ def ladder_command(args):
     except ValueError:
         raise Refused("--vary NAME=N,N,...: and --predict: write numbers with commas between")
     n, name = len(next(iter(vary.values()))), next(iter(vary))
+    if args.seeds < 1 or sorted({*map(float, vary[name])}) != [float(value) for value in vary[name]]:
+        raise Refused("--vary: write the rungs of its first option from small to large; --seeds: 1 or more")
+    if args.parameters and not args.check:
+        raise Refused("--parameters: the size to predict has a number of parameters that only a run tells; add --check, which trains it")
     if n < 3 or any(len(values) != n for values in vary.values()) or len(predict) != len(vary):
         raise Refused("--vary: three rungs or more, as many for each option; --predict: a value for each option, with commas between")
     rungs = [dict(zip(vary, values)) for values in (*zip(*vary.values()), *([predict] if args.check else []))]
-    sizes, losses = [], []
+    sizes, losses, others = [], [], hashlib.sha256(" ".join(args.rest).encode()).hexdigest()[:8]  # other options are other runs
     for rung in rungs:
-        folder = args.folder / "_".join(f"{key}{value}" for key, value in rung.items())
+        folder = args.folder / "_".join([*(f"{key}{value}" for key, value in rung.items()), others])
         done = [train_rung(Path(f"{folder}_s{seed}"), [*args.rest, *(word for key, value in rung.items() for word in (f"--{key}", value)), "--seed", str(seed)]) for seed in range(args.seeds)]
         losses.append([loss for loss, _ in done])
         sizes.append(done[0][1] if args.parameters else float(rung[name]))
         print(f"{name} {rung[name]}: {' '.join(f'{loss:.4f}' for loss in losses[-1])}, {done[0][1]:,} parameters", flush=True)
-    if args.parameters and not args.check:
-        raise Refused("--parameters: the size to predict has a number of parameters that only a run tells; add --check, which trains it")
     sizes, rng, told = np.array(sizes), np.random.default_rng(0), []
     for last, what in ((n - 1, "the largest rung from those below it"), (n, "the size to predict")):
         if last < 3:
@@ -388,11 +401,11 @@ def draw_fan(run, life, limit, theme):
     text, _, blue, orange = INK[theme]
     fig, [[ax]] = figure(theme, 1, 4)
     members = run[-1]["members"]
-    x = [done / members for done, _ in life]
+    x = [done / members for done, _, _ in life]
     for shade, (name, ends) in zip((0.2, 0.35), BANDS.items()):
-        ax.fill_between(x, *np.quantile([values for _, values in life], ends, axis=1), color=blue, alpha=shade, linewidth=0, label=f"{name} interval")
-    ax.plot(x, [np.median(values) for _, values in life], "o-", color=blue, label="median forecast")
-    ax.plot(x, [loss for curve in run for at, loss in curve["probes"] if at >= FIRST], "o:", color=orange, label="probe: the first tokens of validation")
+        ax.fill_between(x, *np.quantile([values for *_, values in life], ends, axis=1), color=blue, alpha=shade, linewidth=0, label=f"{name} interval")
+    ax.plot(x, [np.median(values) for *_, values in life], "o-", color=blue, label="median forecast")
+    ax.plot(x, [loss for _, loss, _ in life], "o:", color=orange, label="probe: the first tokens of validation")
     if run[-1]["score"]:
         ax.axhline(run[-1]["score"], color=text, linewidth=1, label=f"how it ended: {run[-1]['score']:.4f}")
     if limit:
@@ -465,6 +478,8 @@ def main(argv=None):
     except Refused as e:
         print(f"forecast.py: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("forecast.py: interrupted; the same command goes on")
     except BrokenPipeError:
         os._exit(0)
 

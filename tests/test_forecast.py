@@ -12,6 +12,7 @@ from conftest import PLAIN, ROOT, TINY, options
 sys.path.insert(0, str(ROOT / "records"))
 import forecast as fc  # noqa: E402
 from audit import Refused  # noqa: E402
+from leaderboard import compare_scores  # noqa: E402
 
 CONFIG = dict(track="pocket", data="pocket", train_tokens=1000, seed=0, epochs=1.0, n_embd=64, n_layer=4, muon_lr=0.02, weight_decay=0.1, dropout=0.0, warmdown=0.6,
               recall="", memory="", members=1, loop_times=0, bag_size=1)
@@ -70,25 +71,57 @@ def test_a_forecast_holds_the_end(root):
         run = root / "runs" / str(i)
         end = write_log(run / "log.txt", rng, 5, int(rng.integers(18, 120)), upto=0.5)
         _, _, life = fc.forecast(run, root)
-        assert [done for done, _ in life] == [0.125, 0.25, 0.375, 0.5]
-        low, middle, high = np.quantile(life[-1][1], (0.1, 0.5, 0.9))
+        assert [done for done, *_ in life] == [0.125, 0.25, 0.375, 0.5]
+        low, middle, high = np.quantile(life[-1][-1], (0.1, 0.5, 0.9))
         inside.append(low < end < high)
         errors.append(abs(middle - end))
     assert 0.55 < np.mean(inside) < 0.98 and np.median(errors) < 0.02  # the probe is off by 0.1 and more
 
 
-def test_only_what_was_known_is_used(root):
-    """Nothing that a log holds after a fraction moves the forecast at that fraction."""
-    rng = np.random.default_rng(3)
-    write_log(root / "runs" / "a" / "log.txt", rng, 5, 50, upto=0.9)
+@pytest.mark.parametrize("members", [1, 3])
+def test_only_what_was_known_is_used(root, members):
+    """Nothing that a log holds after a moment moves the forecast of that moment, what the members score alone (at the very end) included."""
+    write_log(root / "runs" / "a" / "log.txt", np.random.default_rng(3), 5, 50, members=members)
     text = (root / "runs" / "a" / "log.txt").read_text().splitlines()
-    cut = next(i for i, line in enumerate(text) if line.startswith("probe 40/80"))
+    cut = next(i for i, line in enumerate(text) if line.startswith("member 3 probe 40/80" if members > 1 else "probe 40/80"))
     (root / "runs" / "b").mkdir()
     (root / "runs" / "b" / "log.txt").write_text("\n".join(text[:cut + 1]) + "\n")
     a, b = (fc.forecast(root / "runs" / name, root)[2] for name in "ab")
-    assert len(a) == 7 and len(b) == 4
-    for (_, one), (_, other) in zip(a, b):
+    assert len(a) == 7 * members and len(b) == len(a) - 3
+    for (*_, one), (*_, other) in zip(a, b):
         assert np.array_equal(one, other)
+
+
+def test_more_probes_than_others_had(root):
+    """A run with sixteen probes is foretold as far as the library's eight go, and by no fewer."""
+    write_log(root / "runs" / "a" / "log.txt", np.random.default_rng(3), 5, 50)
+    path = root / "runs" / "a" / "log.txt"
+    path.write_text(path.read_text().replace("step 76/80", "probe 76/80 val_loss 0.8000 on the first 40,000 tokens\nstep 76/80"))
+    assert [done for done, *_ in fc.forecast(root / "runs" / "a", root)[2]] == [k / 8 for k in range(1, 8)]
+
+
+def test_a_log_of_another_kind_spoils_nothing(root):
+    """A record whose script has dropped an option, and a log that was cut short, are left out; to forecast such a run is refused."""
+    before = len(fc.library("pocket", root))
+    write_log(root / "records" / "pocket" / "other" / "log.txt", np.random.default_rng(3))
+    path = root / "records" / "pocket" / "other" / "log.txt"
+    assert len(fc.library("pocket", root)) == before + 1
+    path.write_text(path.read_text().replace('"muon_lr"', '"rate"'))
+    (root / "records" / "ablations" / "pocket" / "cut.log").write_text("==== source x")
+    assert len(fc.library("pocket", root)) == before
+    with pytest.raises(Refused, match="muon_lr"):
+        fc.forecast(path.parent, root)
+
+
+def test_the_bar_is_what_compare_asks_for():
+    """A loss at the bar, with a text error as records have it, has a p-value near 0.01."""
+    seed_sd, text = 0.003, 0.0009
+    gap = 3.0 * 2 ** 0.5 * seed_sd
+    limit, name = fc.bar("pocket_unlimited")
+    assert float(name.split()[-1]) - limit == pytest.approx(gap, abs=1e-4)
+    sums = np.full(400, 700.0) + np.random.default_rng(0).normal(0, text * 1000 * 20, 400)
+    a, b = (sums - sums.mean() + (0.7 - gap) * 1000, np.array([0.7 - gap]), 399_999), (np.full(400, 700.0), np.array([0.7]), 399_999)
+    assert 0.005 < compare_scores(a, b, {"seed_sd": seed_sd})["p"] < 0.015
 
 
 def test_a_finished_run_is_not_foretold_from_itself(root):
@@ -101,7 +134,7 @@ def test_a_finished_run_is_not_foretold_from_itself(root):
     for name, lines in (("finished", None), ("running", -2)):
         (root / "runs" / name).mkdir(parents=True)
         (root / "runs" / name / "log.txt").write_text("\n".join((folder / "odd_s2.log").read_text().splitlines()[:lines]) + "\n")
-        medians[name] = np.median(fc.forecast(root / "runs" / name, root)[2][-1][1])
+        medians[name] = np.median(fc.forecast(root / "runs" / name, root)[2][-1][-1])
     assert medians["finished"] == pytest.approx(end, rel=0.15) and medians["running"] == pytest.approx(1.5 * end, rel=0.15)
 
 
@@ -112,9 +145,9 @@ def test_members_together(root):
         write_log(root / "records" / "ablations" / "tried" / f"e{k}.log", rng, 0, 40 + k, members=members)
     end = write_log(root / "runs" / "e" / "log.txt", rng, 7, 60, members=4)
     _, _, life = fc.forecast(root / "runs" / "e", root)
-    assert len(life) == 28 and np.median(life[-1][1]) == pytest.approx(end, abs=0.01)
+    assert len(life) == 28 and np.median(life[-1][-1]) == pytest.approx(end, abs=0.01)
     alone = np.mean([curve["final"] for curve in fc.read_curves(root / "runs" / "e" / "log.txt")])
-    assert np.median(life[-1][1]) < alone - 0.015
+    assert np.median(life[-1][-1]) < alone - 0.015
 
 
 def test_too_little_to_learn_from(root, tmp_path, capsys):
@@ -122,7 +155,9 @@ def test_too_little_to_learn_from(root, tmp_path, capsys):
     with pytest.raises(Refused, match="only 0 finished runs"):
         fc.forecast(root / "runs" / "x", root)
     for argv, words in [(["run", str(tmp_path / "none")], "none"), (["watch", "0.05", "--", "true"], "--run_dir"), (["ladder", "--vary", "epochs=1,2", "--predict", "3"], "three rungs"),
-                        (["ladder", "--vary", "epochs=1,x,4", "--predict", "3"], "numbers")]:
+                        (["ladder", "--vary", "epochs=1,x,4", "--predict", "3"], "numbers"), (["ladder", "--vary", "epochs=4,2,1", "--predict", "8"], "small to large"),
+                        (["ladder", "--vary", "epochs=1,2,4", "--predict", "8", "--seeds", "0"], "--seeds"), (["ladder", "--vary", "n_embd=8,16,32", "--predict", "64", "--parameters"], "--check"),
+                        (["watch", "0.05", "--every", "-1", "--", "true", "--run_dir=x"], "--every")]:
         with pytest.raises(SystemExit) as stop:
             fc.main(argv)
         err = capsys.readouterr().err
@@ -148,7 +183,7 @@ def test_a_run_without_a_chance_is_stopped(tiny_data, tmp_path):
     """The watcher reads the log of a real run, asks it to stop, says why; the run goes on by --resume. Its forecast is replaced: it never has a chance."""
     run, program = tmp_path / "run", tmp_path / "watch.py"
     program.write_text(f"import sys; sys.path.insert(0, {str(ROOT / 'records')!r})\nimport numpy as np, forecast as fc\n"
-                       "fc.forecast = lambda folder: ([], (0.5, 'the standing one'), [(at, np.full(fc.DRAWS, 3.0)) for at in (0.25, 0.375, 0.5)])\nfc.main(sys.argv[1:])\n")
+                       "fc.forecast = lambda folder: ([], (0.5, 'the standing one'), [(at, 3.0, np.full(fc.DRAWS, 3.0)) for at in (0.25, 0.375, 0.5)])\nfc.main(sys.argv[1:])\n")
     train = [sys.executable, str(ROOT / "train_gpt.py"), *options(**TINY | dict(epochs=40.0, probes=40), data=tiny_data), "--run_dir", str(run), *PLAIN]
     done = subprocess.run([sys.executable, str(program), "watch", "0.05", "--every", "0.2", "--", *train], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "the chance that this run beats the standing one is 0.0%, below 5.0% for the 3rd time in a row" in done.stdout and f"--resume {run}" in done.stdout
@@ -173,5 +208,5 @@ def test_calibration_on_the_repositorys_runs(capsys):
     forecast, present, line = map(float, rows["50.0%"][1:4])
     assert 3 * forecast < min(present, line), out
     for line in out.splitlines()[-2:]:
-        saved, lost = re.search(r": (\d+)% of failed FLOPs saved, (\d+) of", line).groups()
-        assert int(saved) >= 33 and lost == "0", out
+        saved, lost, records = map(int, re.search(r": (\d+)% of failed FLOPs saved, (\d+) of (\d+)", line).groups())
+        assert saved >= 33 and lost <= 0.01 * records, out
