@@ -10,6 +10,7 @@ Each writes train.bin, val.bin, test.bin and meta.json into one folder. data/REA
 their licences. Documents keep the order that the sha256 of their name gives (FineWeb's: the order of its shards).
 """
 import argparse
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -136,8 +137,8 @@ def text_bytes(tokens, encoding):
 
 def write_dataset(out, splits, tokenizer, source, expect=None):
     """Write the shards and meta.json of `splits` ({name: uint16 [n]}) into the folder `out`, all or nothing:
-    meta.json comes last, and a folder without it is no dataset. `expect`: sha256 by file name, checked before
-    anything is written."""
+    meta.json comes last, and a folder without it is no dataset. What is there already is left alone: another process
+    may have begun to read it. `expect`: sha256 by file name, checked before anything is written."""
     encoding = get_encoding(tokenizer)
     shards = {f"{name}.bin": shard_bytes(tokens) for name, tokens in splits.items()}
     sha256 = {name: hashlib.sha256(b"".join(data)).hexdigest() for name, data in shards.items()}
@@ -151,11 +152,17 @@ def write_dataset(out, splits, tokenizer, source, expect=None):
         "text_bytes": {name: text_bytes(splits[name], encoding) for name in ("val", "test")},
         "sha256": sha256,
     }
+    shards["meta.json"] = [json.dumps(meta, indent=1).encode() + b"\n"]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "meta.json").unlink(missing_ok=True)
-    for name, data in shards.items():
-        replace_file(out / name, data)
-    replace_file(out / "meta.json", [json.dumps(meta, indent=1).encode() + b"\n"])
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        if not all((out / name).exists() and (out / name).read_bytes() == b"".join(data) for name, data in shards.items()):
+            (out / "meta.json").unlink(missing_ok=True)
+            for name, data in shards.items():
+                replace_file(out / name, data)
+    finally:
+        os.close(folder)
     sizes = ", ".join(f"{name} {len(tokens):,}" for name, tokens in splits.items())
     print(f"{os.path.relpath(out)}: {sizes} tokens ({tokenizer}) from {source}", flush=True)
 
@@ -249,6 +256,8 @@ def prepare_text(paths, tokenizer="bytes", out=ROOT / "text", holdout=0.05):
     if not 0 < holdout < 0.5:
         raise DataError(f"--holdout {holdout}: choose a share between 0 and 0.5")
     encoding, documents = get_encoding(tokenizer), {}  # name -> ids
+    # a document that fills a split loses its rest: so none is larger than a quarter of the smallest split
+    limit = min(DOCUMENT_BYTES, holdout / 4 * sum(os.path.getsize(path) for path in paths if os.path.exists(path)))
     for path in tqdm(paths, "text", unit="file", delay=1):
         try:
             lines = Path(path).read_bytes().decode("utf-8").splitlines(keepends=True)
@@ -258,7 +267,7 @@ def prepare_text(paths, tokenizer="bytes", out=ROOT / "text", holdout=0.05):
             raise DataError(f"{path}: not UTF-8 text (byte {e.start}); convert it, for example with iconv -t utf-8")
         pieces, size = [[]], 0
         for line in lines:
-            if size > DOCUMENT_BYTES:
+            if size > limit:
                 pieces, size = pieces + [[]], 0
             pieces[-1].append(line)
             size += len(line.encode())
@@ -268,7 +277,8 @@ def prepare_text(paths, tokenizer="bytes", out=ROOT / "text", holdout=0.05):
     held = int(total * holdout)
     splits = encode_documents(names, documents.__getitem__, encoding.eot_token, {"val": held, "test": held, "train": total}, "text")
     if len(splits.get("train", [])) < 1000 or held < 1000:
-        raise DataError(f"{len(names)} document(s), {total:,} tokens: too little text to hold {holdout:.0%} out twice and train")
+        raise DataError(f"{len(names)} document(s), {total:,} tokens: too little text to hold {holdout:.0%} out twice and train, "
+                        "or too few line ends to cut it at")
     write_dataset(Path(out), splits, tokenizer, f"{len(paths)} text file(s)")
 
 

@@ -38,7 +38,10 @@ def read_plan(folder):
         elif line.startswith("all: "):
             common = line[5:]
         elif line.strip() and not line.startswith("#"):
-            name, control, seeds, options = re.fullmatch(r"(\S+)(?: vs (\S+))?(?: x(\d+))?: ?(.*)", line).groups()
+            found = re.fullmatch(r"(\S+)(?: vs (\S+))?(?: x(\d+))?: ?(.*)", line)
+            if not found:
+                raise Refused(f"{folder / 'plan.txt'}: {line!r} is not NAME: OPTIONS")
+            name, control, seeds, options = found.groups()
             given = f"{common} {options}".split()
             runs = {f"{name}_s{seed}": [*given, "--seed", str(seed)] for seed in range(int(seeds))} if seeds else {name: given}
             entries.append(dict(title=title, name=name, control=control, options=options, runs=runs))
@@ -80,7 +83,9 @@ def train(folder, name, options, kept):
     if folder == ABLATIONS:  # many short runs: every fiftieth step will do, and the losses of the blocks are compared
         rest = re.sub(r"^(?:member \d+ )?step (\d+)/.*\n", lambda line: "" if int(line[1]) % 50 else line[0], rest, flags=re.MULTILINE)
         np.save(folder / f"{name}.npy", np.load(run / "val_nll.npy", allow_pickle=False))
-    kept.write_text(head + rest[rest.index("\n==== end of source"):])
+    tmp = kept.with_suffix(".tmp")
+    tmp.write_text(head + rest[rest.index("\n==== end of source"):])
+    tmp.replace(kept)  # a log that is there is whole
 
 def read_log(path):
     """What a finished run's log says of it."""
@@ -209,10 +214,12 @@ if __name__ == "__main__":
     if sys.argv[1:] not in ([], ["--table"]):
         print(__doc__)
         sys.exit(2)
-    if not sys.argv[1:]:
-        try:
+    try:
+        if not sys.argv[1:]:
             train_missing()
-        except Refused as e:
-            sys.exit(f"sweeps.py: {e}")
-    write_curve()
-    write_ablations()
+        write_curve()
+        write_ablations()
+    except Refused as e:
+        sys.exit(f"sweeps.py: {e}")
+    except KeyboardInterrupt:
+        sys.exit("sweeps.py: interrupted; the same command goes on")

@@ -242,7 +242,7 @@ def main():
     print(f"\npeak memory, vocabulary {args.memory_vocab:,}, in a process of its own")
     peaks = {}
     for which in ("tokenrun", "plain"):
-        out = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--memory_of", which], check=True, capture_output=True, text=True).stdout
+        out = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--memory_of", which], check=True, stdout=subprocess.PIPE, text=True).stdout
         peaks[which], before = json.loads(out.splitlines()[-1])
         print(f"{which:18} {peaks[which] / 2 ** 20:8,.0f} MiB ({before / 2 ** 20:,.0f} MiB of them before the first step)")
     print(f"tokenrun / plain: {peaks['tokenrun'] / peaks['plain']:.2f}")

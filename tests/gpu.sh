@@ -9,19 +9,22 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 part=${1:?tests, speed or mini}
 {
+    rc=0
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
     case $part in
     tests)
-        timeout 400 python -m pytest -q --durations=10
+        timeout 400 python -m pytest -q --durations=10 || rc=1
         for attention in varlen flex sdpa; do
             run=$(mktemp -d)
-            python train_gpt.py --device cuda --attention "$attention" --steps 60 --run_dir "$run/run" && grep -E "^(attention|compiled|member . step 60|val_loss)" "$run/run/log.txt"
+            python train_gpt.py --device cuda --attention "$attention" --steps 60 --run_dir "$run/run" && grep -E "^(attention|compiled|member . step 60|val_loss)" "$run/run/log.txt" || rc=1
         done ;;
     speed)
-        python tests/bench.py --track limited --n_layer 10 --loop_times 0 --mtp_weight 0 --batch_tokens 65536
-        python tests/bench.py --track tiny --mtp_weight 0 --batch_tokens 65536 --device_tokens 32768 ;;
+        python tests/bench.py --track limited --n_layer 10 --loop_times 0 --mtp_weight 0 --batch_tokens 65536 || rc=1
+        python tests/bench.py --track tiny --mtp_weight 0 --batch_tokens 65536 --device_tokens 32768 || rc=1 ;;
     mini)
-        rm -rf runs/mini
-        python train_gpt.py --track mini --run_dir runs/mini && python records/audit.py runs/mini ;;
+        python train_gpt.py --track mini --run_dir runs/mini && python records/audit.py runs/mini || rc=1 ;;
+    *)
+        echo "$part: choose tests, speed or mini"; rc=2 ;;
     esac
+    exit $rc
 } 2>&1 | tee "${2:-gpu_$part.txt}"

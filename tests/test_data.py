@@ -262,6 +262,27 @@ def test_text(tmp_path, capsys):
     assert all(text.encode().count(d) == 1 and d.endswith(b"\n") for d in train)
 
 
+@pytest.mark.parametrize("size", [40_000, 100_000, 400_000])
+def test_little_text_is_kept(tmp_path, capsys, size):
+    """Of a small file hardly anything is lost where the splits meet."""
+    (tmp_path / "a.txt").write_text("".join(f"line {i} of the text\n" for i in range(size // 20))[:size])
+    assert run_prepare(capsys, "text", tmp_path / "a.txt", "--out", tmp_path / "out")[0] == 0
+    assert sum(json.loads((tmp_path / "out" / "meta.json").read_text())["tokens"].values()) > 0.96 * size
+
+
+def test_prepared_again_under_a_reader(tmp_path):
+    """Data that is there and whole is not touched, so no reader finds it gone; what is damaged is written anew."""
+    splits = {name: np.arange(2000, dtype=np.uint16) % 256 for name in ("val", "test", "train")}
+    prepare.write_dataset(tmp_path, splits, "bytes", "x")
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.*")}
+    prepare.write_dataset(tmp_path, splits, "bytes", "x")
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.*")} == before and len(before) == 4
+    content = (tmp_path / "val.bin").read_bytes()
+    (tmp_path / "val.bin").write_bytes(content[:-2])
+    prepare.write_dataset(tmp_path, splits, "bytes", "x")
+    assert (tmp_path / "val.bin").read_bytes() == content
+
+
 @pytest.mark.parametrize("content, options, message", [
     (None, [], "No such file"), (b"\xff\xfe\x00", [], "not UTF-8"), (b"too short", [], "too little text"),
     (b"x\n" * 50_000, ["--holdout", "0.7"], "--holdout")])
