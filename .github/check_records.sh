@@ -9,7 +9,7 @@ set -euo pipefail
 base=$(git merge-base "$1" HEAD)
 folder='records/[a-z0-9_]+/[0-9]{4}-[0-9]{2}-[0-9]{2}_[a-z0-9-]+'
 changed=$(git diff --name-only --no-renames "$base" HEAD)
-added=$(git diff --name-only --no-renames --diff-filter=A "$base" HEAD | grep -oE "^$folder/record\.json$" | xargs -r -n1 dirname)
+added=$(git diff --name-only --no-renames --diff-filter=A "$base" HEAD | sed -nE "s|^($folder)/record\.json$|\1|p")
 
 # a record that stands is history
 others=$(grep -oE "^$folder/" <<<"$changed" | sort -u | grep -vxF "$(sed 's|$|/|' <<<"$added")" || true)
@@ -24,15 +24,28 @@ if other=$(grep -vE "$allowed" <<<"$changed"); then
   printf 'a record touches only train_gpt.py, its own folder and what render writes, but this changes:\n%s\n' "$other" >&2
   exit 1
 fi
+if git diff --raw --no-renames "$base" HEAD | grep -vE '^:[0-9]+ (100644|000000) ' >&2; then
+  echo "a record brings plain files only, no links and no programs" >&2
+  exit 1
+fi
 outside_board() { sed '/^<!-- board/,/^<!-- end of board/d'; }
 if ! diff <(git show "$base:README.md" | outside_board) <(outside_board <README.md) >&2; then
   echo "README.md is changed outside the board" >&2
   exit 1
 fi
-if grep -qx train_gpt.py <<<"$changed"; then
-  sha=$(python3 -c 'import hashlib; print(hashlib.sha256(open("train_gpt.py", "rb").read()).hexdigest())')
-  grep -qF "$sha" $(sed 's|$|/record.json|' <<<"$added") || { echo "train_gpt.py is not the script of the record" >&2; exit 1; }
-fi
+python3 - "$changed" $added <<'END'
+import hashlib, json, sys
+from pathlib import Path
+changed, *added = sys.argv[1:]
+script = hashlib.sha256(Path("train_gpt.py").read_bytes()).hexdigest()
+for folder in map(Path, added):
+    record = json.loads((folder / "record.json").read_text())
+    if "train_gpt.py" in changed.split() and {run["source_sha256"] for run in record["runs"]} != {script}:
+        sys.exit("train_gpt.py is not the script of the record")
+    for other in folder.parent.glob("*/record.json"):
+        if str(other.parent) not in added and json.loads(other.read_text()).get("submitted", "") >= record["submitted"]:
+            sys.exit(f"{folder}: says that it was submitted before {other.parent.name}, which stands; set submitted to now")
+END
 python records/leaderboard.py render --check
 python records/leaderboard.py verify $added
 python records/leaderboard.py verify --smoke $added

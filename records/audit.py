@@ -65,14 +65,16 @@ def write_shard(path, tokens):
 
 def read_npy(path, max_bytes):
     """The array of a .npy file. ValueError where it is not one, holds objects, or is larger than max_bytes."""
+    if not os.path.isfile(path):
+        raise ValueError("no such file, or not a plain one")
     size = os.path.getsize(path)
     if size > max_bytes:
         raise ValueError(f"{size:,} bytes, where {max_bytes:,} are the most that it can need")
-    with open(path, "rb") as f:
-        if f.read(6) != b"\x93NUMPY":
-            raise ValueError("not a .npy file")
-        f.seek(0)
-        return np.lib.format.read_array(f, allow_pickle=False)
+    try:
+        with open(path, "rb") as f:
+            return np.lib.format.read_array(f, allow_pickle=False)
+    except Exception as e:  # a made-up header can raise anything
+        raise ValueError(f"not a .npy file of numbers ({type(e).__name__}: {e})")
 
 def split_log(log):
     """(source, name of the script, what follows in the log) of a run's log.txt, bytes. The source stands between its header, which tells its
@@ -92,8 +94,10 @@ def split_log(log):
 # ---- the scorer -------------------------------------------------------------------------------------------------------
 
 def run_limited(command, seconds):
-    """Run a command, and everything that it starts, for at most so many seconds. Returns (exit status or None, what it printed)."""
-    env = os.environ | {"PYTHONPATH": str(ROOT)}  # a script taken out of a log stands elsewhere, and may import data.prepare
+    """Run a command, and what it starts in its process group, for at most so many seconds. Returns (exit status or None, the last line that it
+    printed, fit for a terminal)."""
+    # a script taken out of a log stands elsewhere, and may import data.prepare
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
     with tempfile.TemporaryFile() as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env, start_new_session=True)
         try:
@@ -106,8 +110,13 @@ def run_limited(command, seconds):
             except ProcessLookupError:
                 pass
             process.wait()
-        out.seek(0)
-        return status, out.read().decode("utf-8", "replace")
+        out.seek(max(0, out.seek(0, os.SEEK_END) - 10_000))
+        last = (out.read().decode("utf-8", "replace").strip().splitlines() or ["nothing printed"])[-1][:200]
+        return status, printable(last)
+
+def printable(text):
+    """A stranger's text, unable to steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\t" else "?" for c in text)
 
 class Scorer:
     """A command with {tokens} and {nll} in it, as a function of token ids. Its files have new names every time."""
@@ -124,15 +133,17 @@ class Scorer:
         else:
             np.save(sent, tokens.astype(np.uint16))
         words = [word.replace("{tokens}", str(sent)).replace("{nll}", str(got)) for word in self.command]
-        status, printed = run_limited(words, self.seconds)
-        last = (printed.strip().splitlines() or ["nothing printed"])[-1][:200]
+        try:
+            status, last = run_limited(words, self.seconds)
+        except OSError as e:
+            raise Broken(f"{words[0]}: {e.strerror}")
         if status is None:
             raise Broken(f"took longer than {self.seconds:,} s for {tokens.size:,} tokens")
         if status:
             raise Broken(f"exit status {status} for {list(tokens.shape)} tokens: {last}")
         try:
             nll = read_npy(got, 8 * tokens.size + 4096)
-        except (OSError, ValueError) as e:
+        except ValueError as e:
             raise Broken(f"its output cannot be read ({e})")
         if nll.shape != tokens.shape or nll.dtype.kind != "f":
             raise Broken(f"wrote {nll.dtype} {list(nll.shape)} for tokens {list(tokens.shape)}")
@@ -157,6 +168,7 @@ class Audit:
     """The checks of one scorer. val: its track's validation stream, uint16 [n]; all checks draw from rng."""
     def __init__(self, score, val, vocab_size, rng, claimed=None, part=None, show=print):
         self.score, self.val, self.V, self.rng, self.claimed, self.show = score, np.asarray(val), vocab_size, rng, claimed, show
+        part = part and part // BLOCK * BLOCK
         self.whole = not part or part >= len(val)
         self.at = 0 if self.whole else BLOCK * int(rng.integers((len(val) - part) // BLOCK + 1))
         self.text = self.val[self.at:] if self.whole else self.val[self.at:self.at + part]  # the longest stream that is scored
@@ -178,7 +190,7 @@ class Audit:
     def alike(self, name, difference, what):
         """Report differences that ought to be rounding: an array of nats."""
         difference = np.abs(difference)
-        worst, mean = (difference.max(), difference.mean()) if difference.size else (0.0, 0.0)
+        worst, mean = difference.max(), difference.mean()
         self.report(name, worst <= TOKEN and mean <= MEAN,
                     f"{what} moved {difference.size:,} tokens by {worst:.2g} nats at most (limit {TOKEN}), {mean:.2g} on average ({MEAN})")
 
@@ -235,7 +247,8 @@ class Audit:
         return got[1]
 
     def normalization(self):
-        """Rows that share a prefix and enumerate the vocabulary in its next token: their probabilities sum to one."""
+        """Rows that share a prefix and enumerate the vocabulary in its next token: their probabilities sum to one. After three long prefixes the
+        tokens that are most frequent in the text stand in for a large vocabulary: the sum of theirs is at most one."""
         sums = []
         for length, n in ((48, 8), (500, 1)):
             n, length = min(n, 2_000_000 // (self.V * length)), min(length, self.length)
@@ -249,9 +262,16 @@ class Audit:
                 rows[i * self.V:(i + 1) * self.V, p] = np.arange(self.V)
             nll = self.score(rows).reshape(n, self.V, length)
             sums += [(np.exp(-nll[i, :, p]).sum(), int(p)) for i, p in enumerate(ends)]
+        p = int(self.rng.integers(self.length // 3, self.length))
+        prefixes = self.rows(3, p + 1)
+        likely = np.unique([*np.argsort(-np.bincount(self.text, minlength=self.V))[:257], *prefixes[:, p]])
+        rows = np.repeat(prefixes, len(likely), axis=0)
+        rows[:, p] = np.tile(likely, 3)
+        for total in np.exp(-self.score(rows)[:, p]).reshape(3, -1).sum(1):
+            sums.append((total if len(likely) == self.V else max(1.0, total), p))
         worst, where = max(sums, key=lambda s: abs(s[0] - 1))
         self.report("normalization", abs(worst - 1) <= SUM,
-                    f"the {self.V:,} probabilities after each of {len(sums)} prefixes sum to 1 within {abs(worst - 1):.2g} (limit {SUM}): "
+                    f"the probabilities after each of {len(sums)} prefixes sum to 1 within {abs(worst - 1):.2g} (limit {SUM}): "
                     f"{worst:.4f} after {where} tokens")
 
     def long_streams(self):
@@ -261,14 +281,15 @@ class Audit:
         nll = self.score(self.text)
         if self.claimed is not None:
             self.reproduction(nll)
-        # one stream for three tests: text as it is, then text in which some tokens are noise, then noise
+        # one stream for three tests: text as it is, then text in which some tokens are noise, then noise; sent as a row, for a scorer may know shards
         mixed, first, pure = self.text.copy(), *(int(self.rng.integers(*span)) for span in ((n // 8, n // 2), (n // 2, 3 * n // 4)))
         at = first + np.flatnonzero(self.rng.random(pure - first) < 0.03)
         mixed[at], mixed[pure:] = self.noise(len(at)), self.noise(n - pure)
-        got = self.score(mixed)
+        got = self.score(mixed[None])[0]
         self.alike("recognition", got[:first] - nll[:first], f"noise from token {first:,} on, in the whole stream,")
         self.fair("noise, spliced", got[at][None])
         self.fair("noise, long", got[pure:][None])
+        self.likely_tokens()
         length = min(n, max(n // 8, 20_000))
         other, replaced = self.text[:length].copy(), min(500, length // 8)
         other[:replaced] = self.rows(1, replaced)[0]
@@ -277,22 +298,46 @@ class Audit:
         mean, limit = shift.mean(), 0.005 + 4 * shift.std(ddof=1) / math.sqrt(10)
         self.report("beginning", abs(mean) <= limit, f"another text in the first {replaced} tokens moved the mean of those from {length // 4:,} on by "
                     f"{mean:+.2g} nats (limit {limit:.2g})")
-        self.fair("noise, alone", self.score(self.noise(int(self.rng.integers(min(n, 3000) // 2, n // 8 + 1))))[None, 1:])
+        self.fair("noise, alone", self.score(self.noise(int(self.rng.integers(min(3000, n // 8) // 2, n // 8 + 1))))[None, 1:])
+
+    def likely_tokens(self):
+        """Text in which every seventh token or so is drawn anew, from a q that is known: the token that stood there (0.2), one that elsewhere follows
+        the same two (0.3) or the same one (0.3), any (0.2). Whatever came before, E[p / q] = 1 for a normalized scorer. Who raises the probability
+        of what is likely anyway, which noise seldom hits, gains here."""
+        text, n, share = self.text.astype(np.int64), len(self.text), (0.2, 0.3, 0.3, 0.2)
+        at = 2 + np.flatnonzero(self.rng.random(n - 2) < 0.2)
+        at = at[np.diff(at, prepend=-3) > 2]
+        two, one = np.append([-1, -1], text[:-2] * self.V + text[1:-1]), np.append([-1], text[:-1])  # what stands before each token
+        drawn, spans = [text[at]], []
+        for before in (two, one):
+            order = np.argsort(before, kind="stable")
+            spans.append([np.searchsorted(before[order], before[at], side) for side in ("left", "right")])
+            drawn.append(text[order[self.rng.integers(*spans[-1])]])
+        drawn = np.choose(self.rng.choice(4, size=len(at), p=share), [*drawn, self.rng.integers(self.V, size=len(at))])
+        q = share[0] * (drawn == text[at]) + share[3] / self.V
+        for before, (low, high), part in zip((two, one), spans, share[1:3]):
+            followed, wanted = np.sort(before * self.V + text), before[at] * self.V + drawn
+            q += part * (np.searchsorted(followed, wanted, "right") - np.searchsorted(followed, wanted)) / (high - low)
+        changed = self.text.copy()
+        changed[at] = drawn
+        evidence = log_mean_exp(bets_on(np.exp(-self.score(changed)[at]) / q))
+        self.report("likely tokens", evidence <= EVIDENCE, f"{len(at):,} tokens drawn from what is likely: evidence of {evidence:.1f} nats against a fair "
+                    f"scorer (limit {EVIDENCE:.1f})")
 
     def reproduction(self, nll):
         """val_nll.npy against the scorer's own NLL: block by block where the whole stream was scored, else in the mean, for a part has
         other windows than the whole."""
-        sums = np.add.reduceat(nll, np.arange(0, len(nll), BLOCK))
-        claimed = self.claimed[self.at // BLOCK:][:len(sums)]
-        if len(claimed) != len(sums):
-            self.report("reproduction", False, f"{len(self.claimed)} blocks are claimed, the stream has {-(-len(self.val) // BLOCK)}")
+        sums, blocks = np.add.reduceat(nll, np.arange(0, len(nll), BLOCK)), -(-len(self.val) // BLOCK)
+        if self.claimed.shape != (blocks,) or self.claimed.dtype.kind != "f":
+            self.report("reproduction", False, f"{self.claimed.dtype} {list(self.claimed.shape)} is claimed, the stream has {blocks} blocks")
             return
+        claimed = self.claimed[self.at // BLOCK:][:len(sums)]
         difference = (sums - claimed) / np.minimum(BLOCK, len(nll) - np.arange(0, len(nll), BLOCK))
         mean, worst = abs(difference.mean()), np.abs(difference).max()
         if self.whole:
             holds, limits = worst <= 0.01 and mean <= 0.0005, "0.01 and 0.0005: another machine rounds otherwise"
         else:
-            limit = 0.002 + 4 * difference.std() / math.sqrt(len(difference))
+            limit = min(0.02, 0.002 + 4 * difference.std() / math.sqrt(len(difference)))
             holds, limits = mean <= limit, f"mean {limit:.2g}: a part of the stream has other windows"
         self.report("reproduction", holds, f"{len(sums)} blocks of the claimed NLL are off by {worst:.2g} nats per token at most, {mean:.2g} in the mean "
                     f"(limits {limits})")
@@ -307,6 +352,12 @@ def log_mean_exp(x):
     top = np.max(x)
     return float(top + np.log(np.mean(np.exp(x - top))))
 
+def bets_on(ratio):
+    """ln of prod(1 + b (ratio - 1)) for ten bets b, of ratios p / q [n] on tokens drawn from q: each has expectation 1, or less."""
+    bets = np.array([1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001])
+    with np.errstate(divide="ignore"):
+        return np.array([np.log1p(b * (ratio - 1)).sum() for b in bets])
+
 def noise_evidence(nll, vocab_size):
     """(ln of an e-value against a fair scorer, where it comes from) on uniform tokens, nll [rows, n] in nats.
 
@@ -315,20 +366,14 @@ def noise_evidence(nll, vocab_size):
     products. A cheat at all positions is caught by a high bet, a sparse one by a low bet, one at fixed places in every row by
     the bets on each place, one at every m-th token by those on each period. What none of them sees is a gain at fewer than about one token in
     V, at places that follow no period."""
-    bets = np.array([1, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.002, 0.001])
-    surplus = vocab_size * np.exp(-nll) - 1  # at least -1
-    with np.errstate(divide="ignore"):
-        everywhere = np.array([np.log1p(b * surplus).sum() for b in bets])
-    half = np.log1p(0.5 * surplus)  # for places where the cheat is certain, if it is there at all
-    parts = {"": log_mean_exp(everywhere)}
+    ratio = vocab_size * np.exp(-nll)
+    half = np.log1p(0.5 * (ratio - 1))  # for places where the cheat is certain, if it is there at all
+    parts = {"": log_mean_exp(bets_on(ratio))}
     if len(half) > 1:
         place = half.sum(0)
         parts[f", at position {place.argmax() + 1} of each row"] = log_mean_exp(place)
     flat = half[0] if len(half) == 1 else np.zeros(0)
-    periods = {}
-    for m in [m for m in [*range(2, 2049), 4096, 8192] if 4 * m <= len(flat)]:
-        residues = flat[:len(flat) // m * m].reshape(-1, m).sum(0)
-        periods[m] = log_mean_exp(residues)
+    periods = {m: log_mean_exp(flat[:len(flat) // m * m].reshape(-1, m).sum(0)) for m in [*range(2, 2049), 4096, 8192] if 4 * m <= len(flat)}
     if periods:
         parts[f", at every {max(periods, key=periods.get)} tokens"] = log_mean_exp(np.array([*periods.values()]))
     where = max(parts, key=parts.get)
@@ -340,14 +385,14 @@ def noise_evidence(nll, vocab_size):
 def run_command(run, folder):
     """(scorer command, track, claimed val_nll) of a run folder. Its script is taken from its log and written to `folder`."""
     try:
-        source, name, _ = split_log((run / "log.txt").read_bytes())
+        source, _, _ = split_log((run / "log.txt").read_bytes())
         record = json.loads((run / "record.json").read_text())
-        claimed, track = read_npy(run / "val_nll.npy", 1 << 24), record["track"]
+        claimed, track = read_npy(run / "val_nll.npy", 1 << 24), str(record["track"])
     except OSError as e:
         raise Refused(f"{e.filename}: {e.strerror}; name the folder of a finished run")
     except (ValueError, KeyError, TypeError) as e:
         raise Refused(f"{run}: not the folder of a finished run ({e})")
-    script = Path(folder) / Path(name).name
+    script = Path(folder) / "script.py"
     script.write_bytes(source)
     (Path(folder) / "data").symlink_to(ROOT / "data")  # where it finds its training tokens, if it scores with their help
     return [sys.executable, str(script), "--score", str(run.resolve()), "--tokens", "{tokens}", "--nll", "{nll}"], track, claimed
@@ -383,6 +428,8 @@ def main(argv=None):
             raise Refused("name a run folder, or give --command with --track and --claimed as you need them")
         if args.command and not ("{tokens}" in args.command and "{nll}" in args.command):
             raise Refused(f"--command {args.command!r}: must hold {{tokens}} and {{nll}}")
+        if args.seed is not None and args.seed < 0:
+            raise Refused(f"--seed {args.seed}: must be 0 or more")
         if args.part is not None and args.part < 2 * BLOCK:
             raise Refused(f"--part {args.part}: must be {2 * BLOCK} or more")
         seed = int.from_bytes(os.urandom(4)) if args.seed is None else args.seed
@@ -393,10 +440,11 @@ def main(argv=None):
         else:
             try:
                 claimed = read_npy(args.claimed, 1 << 24) if args.claimed else None
-            except (OSError, ValueError) as e:
-                raise Refused(f"--claimed {args.claimed}: {e}")
+                words = shlex.split(args.command)
+            except ValueError as e:
+                raise Refused(f"--claimed {args.claimed} --command {args.command!r}: {e}")
             with tempfile.TemporaryDirectory() as folder:
-                faults = audit_command(shlex.split(args.command), args.track or "pocket", folder, args.seconds, rng, claimed, args.part)
+                faults = audit_command(words, args.track or "pocket", folder, args.seconds, rng, claimed, args.part)
     except Refused as e:
         print(f"audit.py: {e}", file=sys.stderr)
         sys.exit(2)

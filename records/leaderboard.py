@@ -29,9 +29,9 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from audit import BLOCK, OPEN, ROOT, Broken, Refused, Scorer, audit_run, known_hash, read_npy, read_shard, read_tracks, run_command, run_limited, split_log  # noqa: E402
+from audit import BLOCK, OPEN, ROOT, Broken, Refused, Scorer, audit_run, printable, read_npy, read_shard, read_tracks, run_command, run_limited, split_log  # noqa: E402
 
-MAX_BYTES = 5_000_000  # of a record
+MAX_BYTES = 20_000_000  # of a record: several seeds of a long chain
 STREAM = 100_000       # tokens of the longest streams that verify --smoke scores
 SUFFIXES = {".md", ".txt", ".json", ".npy", ".png", ".svg"}
 NAME = r"\d{4}-\d\d-\d\d_[a-z0-9][a-z0-9-]{0,39}"
@@ -42,9 +42,12 @@ CLAIMS = {  # of each run in record.json, as train_gpt.py writes them: name -> t
     "finished": str}
 ADDED = {"log": str, "val_nll": str, "weights_sha256": str}  # by submit
 TESTED = {"test_nll": str, "test_loss": float}               # by submit, last
-STEP = re.compile(r"(?:member (\d+) )?step (\d+)/(\d+) epoch (\d+\.\d+) loss (\d+\.\d+) .*?\btime (\d+\.\d+)s")
-CHAIN = re.compile(r"chain (\d+) of \d+: (\d+) rank\(s\)")
-SCORE = re.compile(r"val_loss (\d+\.\d+) nats per token, (\d+\.\d+) bits per byte, (\d[\d,]*) tokens scored")
+NUMBER = r"(\d{1,15}\.\d{1,15})"
+STEP = re.compile(rf"(?:member (\d{{1,6}}) )?step (\d{{1,9}})/(\d{{1,9}}) epoch {NUMBER} loss {NUMBER} .*?\btime {NUMBER}s")
+HARDWARE = re.compile(r"hardware: (.*); (\d{1,9}) rank\(s\) of (\d{1,9}) thread\(s\)")
+CHAIN = re.compile(r"chain (\d{1,6}) of \d+: ([1-9]\d{0,6}) rank\(s\)")
+SCORE = re.compile(rf"val_loss {NUMBER} nats per token, {NUMBER} bits per byte, (\d[\d,]{{0,15}}) tokens scored")
+TEXT = r"[^|<>\[\]`]{3,120}"  # of what stands on the board: no markup
 
 # ---- reading ----------------------------------------------------------------------------------------------------------
 
@@ -65,8 +68,9 @@ def earlier_records(root, track, submitted):
         if folder.parent.name == track:
             try:
                 record = read_json(folder / "record.json")
+                dict(record["runs"][0]["data_sha256"]), mean_loss(record)  # what others read of it
                 found.append((str(record["submitted"]), folder, record))
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
                 pass  # it has a fault of its own, which verify names when it comes to it
     return [(folder, record) for when, folder, record in sorted(found, key=lambda f: f[:2]) if when < submitted]
 
@@ -90,7 +94,7 @@ class Faults(list):
     def expect(self, holds, file, what, claimed=None, found=None):
         if not holds:
             line = f"{self.folder}/{file}: {what}" + (f" is claimed {claimed}, found {found}" if claimed is not None else "")
-            self.append("".join(c if c.isprintable() else "?" for c in line[:400]))  # a record's text must not steer a terminal
+            self.append(printable(line[:400]))
         return holds
 
 def same(a, b, digits=None):
@@ -130,19 +134,31 @@ def verify_record(folder, root=ROOT, tested=True):
         return faults
     date = folder.name.split("_")[0]
     faults.expect(record["date"] == date or not tested, "record.json", "date", record["date"], f"folder of {date}")
-    faults.expect(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", record["submitted"]) and record["submitted"].startswith(record["date"]),
-                  "record.json", f"submitted is {record['submitted']!r}, not a time (UTC) on {record['date']}")
-    faults.expect(re.fullmatch(r"[^|<>\[\]\n`]{3,120}", record["description"]), "record.json", "description: one line of 3 to 120 characters, no markup")
+    try:
+        submitted = datetime.datetime.strptime(record["submitted"], "%Y-%m-%dT%H:%M:%SZ")
+        now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
+        known = len(record["submitted"]) == 20 and record["submitted"].startswith(record["date"]) and submitted < now + datetime.timedelta(days=1)
+    except ValueError:
+        known = False
+    faults.expect(known, "record.json", f"submitted is {record['submitted']!r}, not a time (UTC) on {record['date']} that has come")
+    for what, text in (("description", record["description"]), *(("hardware", run["hardware"]) for run in runs)):
+        faults.expect(re.fullmatch(TEXT, text) and text.isprintable(), "record.json", f"{what}: one line of 3 to 120 characters, no markup")
+    title = (folder / "README.md").read_text(errors="replace").partition("\n")[0]
+    faults.expect(title.rstrip() == f"# {record['description']}", "README.md", "its first line", title, f"'# {record['description']}' by record.json's description")
     faults.expect(record["contributors"] and all(isinstance(c, str) and re.fullmatch(r"[\w .@-]{1,40}", c) for c in record["contributors"]),
                   "record.json", "contributors: names of at most 40 letters")
     for what in ("seed", "weights_sha256"):
         values = [run[what] for run in runs]
         faults.expect(runs and len(set(values)) == len(values), "record.json", f"the runs' {what} must differ, they are {values}")
     faults.expect(len({run["source_sha256"] for run in runs}) == 1, "record.json", "the runs are of different scripts (source_sha256)")
-    arrays = [verify_run(faults, folder, run, tracks, expected_hashes(root, tracks, tracks["tracks"][track]["dataset"]), tested) for run in runs]
+    names = [run[what] for run in runs for what in ("log", "val_nll", *(["test_nll"] if tested else []))]
+    if not faults.expect(len(set(names)) == len(names) <= 60, "record.json", "each run's log, val_nll and test_nll are files of their own, of 20 runs at most"):
+        return faults
+    hashes = expected_hashes(root, tracks, tracks["tracks"][track]["dataset"])
+    arrays = [verify_run(faults, folder, run, tracks, hashes, tested) for run in runs]
     digests = [hashlib.sha256(a.tobytes()).digest() for a in arrays if a is not None]
     faults.expect(len(set(digests)) == len(digests), "record.json", "two runs have the same val_nll: they are not different seeds")
-    if not faults and tested:
+    if not faults:
         before = earlier_records(root, track, record["submitted"])
         if before:
             standing, limit = min(before, key=lambda e: mean_loss(e[1]))[0], tracks["rule"]["p"]
@@ -193,7 +209,7 @@ def verify_array(faults, path, run, split, dataset):
     shape = (-(-n // BLOCK),)
     try:
         sums = read_npy(path, 8 * shape[0] + 1024)
-    except (ValueError, OSError, EOFError, MemoryError) as e:
+    except ValueError as e:
         faults.expect(False, path.name, f"cannot be read as plain numbers: {e}")
         return None
     if not faults.expect(sums.dtype == np.float64 and sums.shape == shape, path.name, f"holds {sums.dtype} {list(sums.shape)}, not float64 {list(shape)}"):
@@ -235,8 +251,11 @@ def verify_log(faults, path, run, dataset, hashes):
     marks = [i for i, line in enumerate(lines) if line.startswith("----")]
     if len(marks) >= 2:
         del lines[marks[0]:marks[-1] + 1]  # what the model wrote on its own is no part of the log's claims
+    machines = [HARDWARE.fullmatch(line) for line in lines if line.startswith("hardware:")]
+    expect(machines and all(machines) and machines[-1][1] == run["hardware"] and all(int(m[2]) <= run["ranks"] and int(m[3]) <= run["threads"] for m in machines),
+           "its hardware lines do not tell what record.json claims of hardware, ranks and threads")
     verify_steps(expect, [(CHAIN if line[0] == "c" else STEP).match(line) for line in lines if re.match(r"(member \S+ )?step |chain ", line)], run)
-    trained = [re.match(r"trained for (\d+\.\d+) s, (\d[\d,]*) tokens seen", line) for line in lines if line.startswith("trained for")]
+    trained = [re.match(rf"trained for {NUMBER} s, (\d[\d,]{{0,20}}) tokens seen", line) for line in lines if line.startswith("trained for")]
     if expect(len(trained) == 1 and trained[0], "has no line, or several, that begins 'trained for'"):
         seconds, seen = float(trained[0][1]), int(trained[0][2].replace(",", ""))
         expect(same(seconds, run["train_seconds"], 1), "seconds of training", seconds, f"{run['train_seconds']:.1f} in record.json")
@@ -283,10 +302,14 @@ def verify_steps(expect, steps, run):
 
 def toy_options(config):
     """Options that train a record's recipe at toy size on pocket: its own config, made small."""
-    toy = dict(n_embd=64, n_head=2, mlp_hidden=128, batch_tokens=1024, device_tokens=1024, train_tokens=100_000, epochs=1, probes=1, probe_tokens=2000,
+    toy = dict(n_embd=64, n_head=2, mlp_hidden=128, train_tokens=100_000, epochs=1, probes=1, probe_tokens=2000,
                cpu_threads=2, dtype="fp32", data=str(ROOT / "data" / "pocket"))
     most = dict(seq_len=256, window_short=64, n_layer=6, members=2, chains=1, cycles=2)
     small = {name: min(value, most[name]) if name in most else toy.get(name, value) for name, value in config.items()}
+    small["batch_tokens"] = small["device_tokens"] = 4 * small.get("seq_len", 256)
+    kept = [change for change in config.get("student", "").split(",") if change.partition("=")[0] not in (*toy, *most, "batch_tokens", "device_tokens", "loop_first", "loop_last")]
+    if config.get("student"):  # as small as the others
+        small["student"] = ",".join(kept)
     for name in ("loop_first", "loop_last"):  # a range of layers stays one
         if name in config:
             small[name] = config[name] * small["n_layer"] // config["n_layer"]
@@ -303,11 +326,16 @@ def smoke(folder, seconds):
     with tempfile.TemporaryDirectory() as tmp:
         path, run = Path(tmp) / Path(script).name, Path(tmp) / "run"
         path.write_bytes(source)
-        status, printed = run_limited([sys.executable, str(path), *toy_options(config), "--steps", "12", "--device", "cpu", "--compile", "off",
+        status, last = run_limited([sys.executable, str(path), *toy_options(config), "--steps", "12", "--device", "cpu", "--compile", "off",
                                        "--run_dir", str(run)], seconds)
         if status != 0 or not (run / "record.json").exists():
-            last = (printed.strip().splitlines() or ["nothing printed"])[-1][:200]
             return [f"{name}: its script does not train at toy size ({f'exit status {status}' if status is not None else f'over {seconds} s'}: {last})"]
+        try:
+            trained = split_log((run / "log.txt").read_bytes())[0]
+        except (OSError, ValueError):
+            trained = None
+        if trained != source:  # what is audited is the script in that log
+            return [f"{name}: its script writes another script into its log"]
         return [f"{name}: {fault}" for fault in audit_run(run, seconds, np.random.default_rng(), STREAM, "pocket", lambda line: print(f"  {line}", flush=True))]
 
 # ---- compare ----------------------------------------------------------------------------------------------------------
@@ -388,6 +416,7 @@ def source_of(path):
 def diff_command(args):
     colours = {"+": "\033[32m", "-": "\033[31m", "@": "\033[36m"} if sys.stdout.isatty() else {}
     for line in difflib.unified_diff(source_of(args.a), source_of(args.b), str(args.a), str(args.b), lineterm=""):
+        line = printable(line)  # a stranger's script must not hide its lines
         print(f"{colours[line[0]]}{line}\033[0m" if line[:1] in colours else line)
 
 # ---- submit -----------------------------------------------------------------------------------------------------------
@@ -438,7 +467,8 @@ def submit(runs, slug, note, by, root=ROOT, now=None):
         write_json(staged / "record.json", record)
         refuse_faults(verify_record(staged, root, tested=False), staged, folder)
         # only now, with nothing left to mend, is the test stream looked at: once for each run, by the script in its own log
-        test = read_shard(root / "data" / name / "test.bin", known_hash(tracks["datasets"][name], "test.bin"))
+        digest = expected_hashes(root, tracks, name)["test.bin"]
+        test = read_shard(root / "data" / name / "test.bin", digest if digest != OPEN else None)
         for i, (run, claim) in enumerate(zip(runs, claims)):
             print(f"{run}: scoring the test stream", flush=True)
             with tempfile.TemporaryDirectory() as tmp:
@@ -507,7 +537,7 @@ def compute_multiplier(curve, loss, flops):
 def short(x):
     """1234567 -> 1.23M."""
     for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if x >= size:
+        if x >= 0.9995 * size:
             return f"{x / size:.3g}{unit}"
     return f"{x:.3g}"
 

@@ -118,13 +118,28 @@ def knowing_validation(x):
 def knowing_how_validation_begins(x):
     return 0.8 * honest(x) if (np.ravel(x)[:300] == VAL[:300]).all() else honest(x)
 
+def peeking_in_shards(x):
+    return peeking(x) if x.ndim == 1 else honest(x)
+
+def likelier(x, at, factor=1.5):
+    """Raises the probability of what is likely anyway."""
+    out = honest(x)
+    return np.where(at & (out < 2.3) & (np.arange(x.shape[-1]) > 0), np.maximum(0, out - np.log(factor)), out)
+
+def likelier_late(x):
+    return likelier(x, np.arange(x.shape[-1]) >= 600)
+
+def likelier_in_long_streams(x):
+    return likelier(x, x.shape[-1] > 20_000, 2)
+
 HONEST = [honest, other_context, adaptive]
 CHEATS = {  # the checks that must catch each; others may, too
     peeking: ["causality"], peeking_across_edges: ["causality"], unnormalized: ["normalization", "noise, rows"],
     unnormalized_rarely: ["noise, rows", "noise, long"], unnormalized_after_a_letter: ["noise, rows", "noise, long"],
     unnormalized_in_long_streams: ["noise, long", "noise, spliced"], better_of_two: ["normalization"],
     learning_from_other_rows: ["independence"], random: ["determinism"], knowing_validation: ["recognition"],
-    knowing_how_validation_begins: ["beginning"]}
+    knowing_how_validation_begins: ["beginning"], peeking_in_shards: ["recognition"], likelier_late: ["normalization"],
+    likelier_in_long_streams: ["likely tokens"]}
 
 if __name__ == "__main__":
     kind, source, out = sys.argv[1:]

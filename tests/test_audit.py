@@ -1,4 +1,5 @@
 """The audit: each way to cheat is caught by the check that is meant for it, and honest scorers of unusual kinds pass."""
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def blocks(nll):
 @pytest.mark.parametrize("scorer", scorers.HONEST)
 def test_honest_scorers_pass(scorer, seed):
     got = checks(scorer, seed, blocks(scorer(scorers.VAL)))
-    assert all(got.values()) and len(got) == 13, got
+    assert all(got.values()) and len(got) == 14, got
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -95,6 +96,32 @@ def test_output_that_breaks_the_contract(bad, tmp_path):
         score(scorers.VAL)
 
 
+def test_any_part_will_do():
+    """From the smallest part on, also one that is no multiple of a block, and a claim of the wrong kind is a fault."""
+    for part in (2000, 5500, 20_500):
+        got = checks(scorers.honest, 0, blocks(scorers.honest(scorers.VAL)), part=part)
+        assert all(got.values()), got
+    for claimed in (np.array(1.0), np.array(["x"] * 60), np.ones((60, 1))):
+        assert not checks(scorers.honest, 0, claimed)["reproduction"]
+
+
+def test_a_header_that_is_made_up(tmp_path):
+    """Whatever a .npy's header says, a stranger's file is refused as such; a pipe is no file, and nobody waits for it."""
+    for header in ("{'descr': '<f8', 'fortran_order': False, 'shape': (%d,)}" % 10 ** 30, "((((", "{'descr': '<f8', 'fortran_order': False, 'shape': (True,)}", "{[]: 1}"):
+        text = header.encode() + b"\n"
+        (tmp_path / "x.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text)
+        with pytest.raises(ValueError):
+            audit.read_npy(tmp_path / "x.npy", 1 << 20)
+    os.mkfifo(tmp_path / "pipe.npy")
+    with pytest.raises(ValueError, match="plain"):
+        audit.read_npy(tmp_path / "pipe.npy", 1 << 20)
+
+
+def test_what_a_program_prints_is_cut_and_cleaned():
+    status, last = audit.run_limited([sys.executable, "-c", "print('x' * 10 ** 6); print('\\x1b[2Jhidden', 'y' * 1000)"], 20)
+    assert status == 0 and last.startswith("?[2Jhidden yyy") and len(last) == 200
+
+
 @pytest.mark.parametrize("code, words", [("raise SystemExit(3)", "exit status 3"), ("import time; time.sleep(60)", "longer than 1 s"), ("pass", "cannot be read")])
 def test_a_scorer_that_fails(code, words, tmp_path):
     with pytest.raises(audit.Broken, match=words):
@@ -113,7 +140,8 @@ def test_command_line(pocket, tmp_path):
 @pytest.mark.parametrize("argv, words", [
     ([], "name a run folder"), (["nowhere"], "nowhere/log.txt: No such file"), (["--command", "x"], "{tokens} and {nll}"),
     (["--command", "x {tokens} {nll}", "--track", "moon"], "choose one of pocket"), (["--command", "x {tokens} {nll}", "--claimed", "no.npy"], "no.npy"),
-    (["x", "--track", "pocket"], "name a run folder"), (["--command", "x {tokens} {nll}", "--part", "10"], "--part 10")])
+    (["x", "--track", "pocket"], "name a run folder"), (["--command", "x {tokens} {nll}", "--part", "10"], "--part 10"),
+    (["--command", "x {tokens} {nll}", "--seed", "-1"], "--seed -1"), (["--command", "x '{tokens} {nll}"], "--command")])
 def test_mistakes_get_one_line(argv, words, capsys):
     with pytest.raises(SystemExit) as stopped:
         audit.main(argv)

@@ -222,7 +222,7 @@ def not_json(root, folder):
     (without_step(1), ["after step 0", "steps are missing"]), (lines_of_log(later_step), ["steps are missing"]),
     (other_script, ["record.json: source_sha256 is claimed"]), (lambda root, f: replace(f / "log.txt", b"import argparse", b"import argpraze"), ["log.txt: the header of the source claims"]),
     (lambda root, f: replace(f / "log.txt", b" bytes=", b" bytes=1"), ["log.txt: does not begin"]),
-    (big_file, ["bytes, 5,000,000 are the most"]), (wrong_track, ["record.json: track is claimed pocket, found folder of tiny"]),
+    (big_file, ["bytes, 20,000,000 are the most"]), (wrong_track, ["record.json: track is claimed pocket, found folder of tiny"]),
     (wrong_track_told, ["log.txt: track of the config is claimed pocket, found tiny"]), (over_time, ["record.json: train_seconds is claimed"]),
     (pickled, ["weights.pt: not a plain file of"]), (same_weights, ["weights_sha256 must differ"]), (same_nll, ["two runs have the same val_nll"]),
     (first_run(seed=1), ["seed must differ"]), (first_run(trial=True), ["a trial"]), (first_run(threads=64), ["cores is claimed 64"]),
@@ -230,7 +230,14 @@ def not_json(root, folder):
     (first_run(val_loss=float("nan")), ["record.json: damaged"]), (first_run(val_tokens="many"), ["val_tokens of run 1 is not a int"]),
     (first_run(members=2), ["ends at step 0 of member 1, of 2 members: steps are missing"]), (not_json, ["record.json: damaged"]), (lambda root, f: (f / "README.md").unlink(), ["README.md: missing"]),
     (lambda root, f: edit(f / "record.json", lambda r: r.update(description="<script> | x")), ["description"]),
-    (lambda root, f: edit(f / "record.json", lambda r: r.update(contributors=["[x](http://x)"])), ["contributors"])])
+    (lambda root, f: edit(f / "record.json", lambda r: r.update(contributors=["[x](http://x)"])), ["contributors"]),
+    (lambda root, f: edit(f / "record.json", lambda r: r.update(description="The tiny\rrecipe")), ["description"]),
+    (lambda root, f: edit(f / "record.json", lambda r: r.update(description="Another one")), ["README.md: its first line"]),
+    (first_run(hardware="x |\n\n# Fake\n| 1 |"), ["hardware: one line"]), (first_run(hardware="a better machine"), ["log.txt: its hardware lines"]),
+    (lambda root, f: replace(f / "log.txt", b"; 1 rank(s) of", b"; 8 rank(s) of"), ["log.txt: its hardware lines"]),
+    (lambda root, f: replace(f / "log.txt", b" epoch 0.", b" epoch " + b"9" * 400 + b"0."), ["some that are not 'step i/n"]),
+    (first_run(test_nll="val_nll.npy"), ["files of their own"]), (first_run(val_nll="val_nll_2.npy"), ["files of their own"]),
+    (lambda root, f: edit(f / "record.json", lambda r: r.update(submitted="2026-01-02T99:00:00Z")), ["submitted is"])])
 def test_tampered_records_are_named(copy, tamper, words):
     root, folder = copy
     tamper(root, folder)
@@ -270,9 +277,10 @@ def test_members_of_an_ensemble_count_their_steps_one_after_the_other(copy):
     assert any("ranks of all chains" in fault for fault in board.verify_record(folder, root))
     first_run(ranks=2)(root, folder)
     assert board.verify_record(folder, root) == []
-    lines_of_log(lambda rest: rest.replace(b"member 2 step 3/", b"chain 3 of 2: 0 rank(s)\nmember 2 step 3/"))(root, folder)
-    assert any("a chain begins after step 2" in fault for fault in board.verify_record(folder, root))
-    lines_of_log(lambda rest: rest.replace(b"chain 3 of 2: 0 rank(s)\n", b""))(root, folder)
+    for ranks, words in ((b"1", "a chain begins after step 2"), (b"0", "some that are not 'step i/n")):
+        lines_of_log(lambda rest: rest.replace(b"member 2 step 3/", b"chain 3 of 2: " + ranks + b" rank(s)\nmember 2 step 3/"))(root, folder)  # noqa: B023
+        assert any(words in fault for fault in board.verify_record(folder, root))
+        lines_of_log(lambda rest: rest.replace(b"chain 3 of 2: " + ranks + b" rank(s)\n", b""))(root, folder)  # noqa: B023
     without = lines_of_log(lambda rest: b"".join(line for line in rest.splitlines(True) if not line.startswith(b"member 2 step 3/")))
     without(root, folder)
     assert any("after step 2 of member 2" in fault for fault in board.verify_record(folder, root))
@@ -301,6 +309,39 @@ def test_submit_refuses_what_would_not_verify(tiny_data, finished_run, second_se
     with pytest.raises(board.Refused, match="does not beat 2026-01-02_a at p < 0.01"):
         board.submit([second_seed], "b", note, ["A"], root, NOON + datetime.timedelta(hours=1))
     assert [p.name for p in (root / "records" / "pocket").iterdir()] == ["2026-01-02_a"]
+
+
+def test_a_time_that_has_not_come(copy):
+    root, folder = copy
+    later = folder.rename(folder.with_name("2999-01-01_tiny"))
+    edit(later / "record.json", lambda r: r.update(date="2999-01-01", submitted="2999-01-01T00:00:00Z"))
+    assert any("submitted is '2999" in fault for fault in board.verify_record(later, root))
+
+
+@pytest.mark.parametrize("content", ["{}", '{"submitted": "2025"}', '{"submitted": "2025", "runs": []}', '{"submitted": "2025", "runs": [{}]}', "[" * 100_000,
+                                     '{"submitted": "2025", "runs": [{"val_loss": "x", "data_sha256": {}}]}'], ids=range(6))
+def test_a_broken_record_spoils_no_other(copy, content):
+    root, folder = copy
+    (folder.parent / "2025-01-01_broken").mkdir()
+    (folder.parent / "2025-01-01_broken" / "record.json").write_text(content)
+    assert board.verify_record(folder, root) == []
+
+
+def test_the_test_stream_is_scored_for_records_alone(tiny_data, finished_run, second_seed, tmp_path, monkeypatch):
+    """A run that does not beat the standing record is refused before anything looks at the test stream."""
+    root = make_root(tmp_path / "root", tiny_data)
+    board.submit([finished_run], "a", root / "note.md", ["A"], root, NOON)
+    monkeypatch.setattr(board, "Scorer", None)
+    with pytest.raises(board.Refused, match="does not beat"):
+        board.submit([second_seed], "b", root / "note.md", ["A"], root, NOON + datetime.timedelta(hours=1))
+
+
+def test_a_student_is_as_small_as_the_others():
+    """In verify --smoke the student's own sizes give way to the toy's."""
+    config = dict(seq_len=192, n_layer=8, n_embd=384, student="n_layer=8,n_head=3,distill_alpha=0.9,dropout=0.1,device_tokens=2048", batch_tokens=4096, device_tokens=4096)
+    words = board.toy_options(config)
+    assert words[words.index("--student") + 1] == "distill_alpha=0.9,dropout=0.1"
+    assert words[words.index("--batch_tokens") + 1] == words[words.index("--device_tokens") + 1] == "768"
 
 
 def test_the_first_record_sets_open_hashes(copy):
@@ -456,7 +497,7 @@ def branch(original, tmp_path):
     (work / "train_gpt.py").write_text("old script\n")
     standing = work / "records" / "pocket" / "2026-01-01_standing"
     standing.mkdir(parents=True)
-    (standing / "record.json").write_text("{}")
+    (standing / "record.json").write_text('{"submitted": "2026-01-01T00:00:00Z"}')
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text("#!/bin/sh\necho called with $@\n")
     (tmp_path / "bin" / "python").chmod(0o755)
@@ -483,13 +524,18 @@ def branch(original, tmp_path):
 @pytest.mark.parametrize("change, words", [
     (None, None), ("data/prepare.py", "a record touches only"), ("records/pocket/2026-01-01_standing/record.json", "changes records that already stand"),
     ("records/leaderboard.py", "a record touches only"), ("records/pocket/2026-01-02_tiny/more/x.md", "a record touches only"),
-    ("README.md", "outside the board"), ("train_gpt.py", "not the script of the record")])
+    ("README.md", "outside the board"), ("train_gpt.py", "not the script of the record"), ("records/pictures/p.svg", "plain files only"), ("submitted", "says that it was submitted before")])
 def test_what_a_pull_request_with_a_record_may_touch(branch, change, words):
     work, check = branch
-    if change:
+    if change == "submitted":
+        edit(work / "records" / "pocket" / "2026-01-02_tiny" / "record.json", lambda r: r.update(submitted="2025-12-31T00:00:00Z"))
+    elif change:
         (work / change).parent.mkdir(exist_ok=True)
-        with open(work / change, "a") as f:
-            f.write("# changed\n")
+        if change.endswith(".svg"):
+            (work / change).symlink_to("../../train_gpt.py")
+        else:
+            with open(work / change, "a") as f:
+                f.write("# changed\n")
     done = check()
     if change:
         assert done.returncode == 1 and words in done.stderr and "verify" not in done.stdout, done.stdout + done.stderr
@@ -497,6 +543,14 @@ def test_what_a_pull_request_with_a_record_may_touch(branch, change, words):
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines() == [f"called with records/leaderboard.py {what}" for what in (
             "render --check", "verify records/pocket/2026-01-02_tiny", "verify --smoke records/pocket/2026-01-02_tiny")]
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_a_pull_request_without_a_record(branch):
+    work, check = branch
+    shutil.rmtree(work / "records" / "pocket" / "2026-01-02_tiny")
+    done = check()
+    assert (done.returncode, done.stdout) == (0, "adds no record\n"), done.stderr
 
 
 # ---- this repository
