@@ -33,7 +33,7 @@ FIRST = 0.1         # no forecast before this fraction of a run
 FEWEST = 8          # runs to learn from
 IN_A_ROW = 3        # forecasts below a chance before a run is stopped: a single one stops a future record now and then (calibrate)
 LINE = re.compile(r"(?:member (\d+) )?(step|probe) (\d+)/(\d+) (?:epoch \S+ loss|val_loss) (\d+\.\d+)")
-NEEDED = ("seed", "data", "train_tokens", "epochs", "n_embd", "n_layer", "muon_lr", "weight_decay", "dropout", "warmdown")  # of a log's config
+NEEDED = ("seed", "data", "train_tokens", "epochs", "n_embd", "n_layer", "batch_tokens", "muon_lr", "weight_decay", "dropout", "warmdown")  # of a log's config
 BANDS = {"80%": (0.1, 0.9), "50%": (0.25, 0.75)}
 
 # ---- what logs say ----------------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def features(curve, at):
     has = lambda name: float(bool(c.get(name)))  # noqa: E731
     looped, bags = bool(c.get("loop_times")), c.get("bag_size", 1) > 1 and c.get("bag_until", 0)
     table = [(loss(at), 0.3), (loss(at) - loss(at - 0.125), 0.03), (loss(at) - loss(at - 0.25), 0.06), (gap, 0.2),
-             (math.log(c["epochs"]), 1.0), (math.log(c["train_tokens"] * c["epochs"]), 1.0), (math.log(c["n_embd"] * c["n_layer"]), 1.0),
+             (math.log(c["epochs"]), 1.0), (math.log(c["train_tokens"] * c["epochs"]), 1.0), (math.log(c["n_embd"] * c["n_layer"]), 1.0), (math.log(c["batch_tokens"]), 1.0),
              (math.log(c["muon_lr"]), 1.0), (math.log(c["weight_decay"] + 0.01), 1.5), (c["dropout"], 0.1), (c["warmdown"], 0.2),
              (has("recall"), 0.5), (has("memory"), 0.5), (has("ema"), 0.5), (has("cycles"), 0.5), (has("mtp_weight"), 1.0),
              # phases: those that are still to come shift the curve

@@ -14,7 +14,7 @@ import forecast as fc  # noqa: E402
 from audit import Refused  # noqa: E402
 from leaderboard import compare_scores  # noqa: E402
 
-CONFIG = dict(track="pocket", data="pocket", train_tokens=1000, seed=0, epochs=1.0, n_embd=64, n_layer=4, muon_lr=0.02, weight_decay=0.1, dropout=0.0, warmdown=0.6,
+CONFIG = dict(track="pocket", data="pocket", train_tokens=1000, seed=0, epochs=1.0, n_embd=64, n_layer=4, batch_tokens=1000, muon_lr=0.02, weight_decay=0.1, dropout=0.0, warmdown=0.6,
               recall="", memory="", members=1, loop_times=0, bag_size=1)
 
 
@@ -205,8 +205,8 @@ def test_calibration_on_the_repositorys_runs(capsys):
     rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if line.strip()[:1].isdigit() and "%" in line.split()[0]}
     for at in ("25.0%", "50.0%", "75.0%"):
         assert 70 <= int(rows[at][0].rstrip("%")) <= 90, out
-    forecast, present, line = map(float, rows["50.0%"][1:4])
-    assert 3 * forecast < min(present, line), out
+        forecast, present, line = map(float, rows[at][1:4])
+        assert 2 * forecast < min(present, line), out
     for line in out.splitlines()[-2:]:
         saved, lost, records = map(int, re.search(r": (\d+)% of failed FLOPs saved, (\d+) of (\d+)", line).groups())
         assert saved >= 33 and lost <= 0.01 * records, out
