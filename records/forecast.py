@@ -93,7 +93,9 @@ def features(curve, at):
     looped, bags = bool(c.get("loop_times")), c.get("bag_size", 1) > 1 and c.get("bag_until", 0)
     table = [(loss(at), 0.3), (loss(at) - loss(at - 0.125), 0.03), (loss(at) - loss(at - 0.25), 0.06), (gap, 0.2),
              (math.log(c["epochs"]), 1.0), (math.log(c["train_tokens"] * c["epochs"]), 1.0), (math.log(c["n_embd"] * c["n_layer"]), 1.0), (math.log(c["batch_tokens"]), 1.0),
-             (math.log(c["muon_lr"]), 1.0), (math.log(c["weight_decay"] + 0.01), 1.5), (c["dropout"], 0.1), (c["warmdown"], 0.2),
+             (math.log(c["muon_lr"]), 1.0), (math.log(c["weight_decay"] + 0.01), 1.5),
+             # all that the decay takes over the run
+             (math.log(c["weight_decay"] * c["muon_lr"] * c["epochs"] * c["train_tokens"] / c["batch_tokens"] + 0.01), 1.0), (c["dropout"], 0.1), (c["warmdown"], 0.2),
              (has("recall"), 0.5), (has("memory"), 0.5), (has("ema"), 0.5), (has("cycles"), 0.5), (has("mtp_weight"), 1.0),
              # phases: those that are still to come shift the curve
              (float(bool(bags and at <= bags)), 0.5), (float(looped and at <= c["loop_from"]), 0.5), (float(looped), 1.0),
