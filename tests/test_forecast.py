@@ -209,4 +209,4 @@ def test_calibration_on_the_repositorys_runs(capsys):
         assert 2 * forecast < min(present, line), out
     for line in out.splitlines()[-2:]:
         saved, lost, records = map(int, re.search(r": (\d+)% of failed FLOPs saved, (\d+) of (\d+)", line).groups())
-        assert saved >= 33 and lost <= (0 if "against the best of all others" in line else 0.025 * records), out
+        assert saved >= 25 and lost <= (0 if "against the best of all others" in line else 0.05 * records), out
