@@ -2,6 +2,7 @@
 Text -> token shards.
 
     python data/prepare.py pocket                 # the Python source of the installed torch, as bytes; no download
+    python data/prepare.py pocket_long            # the same with twice the training text, for baselines
     python data/prepare.py mini                   # the same source in GPT-2's tokens
     python data/prepare.py fineweb                # 120M of FineWeb's GPT-2 tokens, from the Hugging Face Hub (400 MB)
     python data/prepare.py text FILE... [--tokenizer bytes|gpt2] [--out data/text]
@@ -37,6 +38,13 @@ POCKET = {
         "test.bin": "3de5abe3f862ebe7d975bf788bff6dc797ffc4fa27a7f2cee31918d31c65151f",
         "train.bin": "7c8208d74b121773d947b3c99aad1f8c6091849cc130fcf80a50a90d51eea8fe",
     },
+}
+
+# The same stream cut later: its training tokens begin with pocket's. For the far end of the baseline's curve.
+POCKET_LONG = {
+    "tokenizer": "bytes",
+    "tokens": POCKET["tokens"] | {"train": 32_000_000},
+    "sha256": POCKET["sha256"] | {"train.bin": "4feb45af89d15fee00b53cecba030d3093a324c7f1f980f689badcc506c10eeb"},
 }
 
 MINI = {
@@ -286,6 +294,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = parser.add_subparsers(dest="source", required=True)
     sub.add_parser("pocket", help="the Python source of the installed torch, as bytes")
+    sub.add_parser("pocket_long", help="the same with twice the training text, for baselines")
     sub.add_parser("mini", help="the same source in GPT-2's tokens")
     sub.add_parser("fineweb", help="120M tokens of FineWeb, downloaded from the Hugging Face Hub")
     text = sub.add_parser("text", help="your own UTF-8 text files")
@@ -297,8 +306,8 @@ def main(argv=None):
     try:
         if args.source == "pocket":
             prepare_pocket()
-        elif args.source == "mini":
-            prepare_torch("mini", MINI, ROOT / "mini")
+        elif args.source in ("pocket_long", "mini"):
+            prepare_torch(args.source, {"pocket_long": POCKET_LONG, "mini": MINI}[args.source], ROOT / args.source)
         elif args.source == "fineweb":
             prepare_fineweb(ROOT / "fineweb")
         else:

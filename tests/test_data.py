@@ -1,4 +1,5 @@
 """Shards, splits, and the loader's promises."""
+import hashlib
 import json
 import os
 
@@ -219,18 +220,25 @@ def test_shard_is_what_llm_c_writes(tiny_data):
 needs_gpt2 = pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="TIKTOKEN_CACHE_DIR names no folder with GPT-2's vocabulary, and tests fetch nothing")
 
 
-@pytest.mark.parametrize("name", ["pocket", pytest.param("mini", marks=needs_gpt2)])
+@pytest.mark.parametrize("name", ["pocket", "pocket_long", pytest.param("mini", marks=needs_gpt2)])
 def test_the_torch_source_is_the_same_everywhere(tmp_path, monkeypatch, name):
-    """The shards of the pinned torch release have the hashes that prepare.py and tracks.json hold; write_dataset refuses any other."""
+    """The shards of the pinned torch release have the hashes that prepare.py and tracks.json hold; write_dataset refuses any other. pocket_long
+    is pocket with a longer training text: what precedes it, and its beginning, are the same bytes."""
     import importlib.metadata
     if importlib.metadata.version("torch").split("+")[0] != prepare.TORCH:
         pytest.skip(f"{name} is made from torch {prepare.TORCH}, this is {importlib.metadata.version('torch')}")
     monkeypatch.setattr(prepare, "ROOT", tmp_path)
-    prepare.prepare_pocket(tmp_path / name) if name == "pocket" else prepare.main(["mini"])
-    recipe = {"pocket": prepare.POCKET, "mini": prepare.MINI}[name]
+    prepare.prepare_pocket(tmp_path / name) if name == "pocket" else prepare.main([name])
+    recipe = {"pocket": prepare.POCKET, "pocket_long": prepare.POCKET_LONG, "mini": prepare.MINI}[name]
     meta = json.loads((tmp_path / name / "meta.json").read_text())
-    track = json.loads((prepare.Path(t.HERE) / "records" / "tracks.json").read_text())["datasets"][name]
-    assert meta["sha256"] == recipe["sha256"] == track["sha256"] and meta["tokens"] == recipe["tokens"]
+    track = json.loads((prepare.Path(t.HERE) / "records" / "tracks.json").read_text())["datasets"][name.removesuffix("_long")]
+    if name == "pocket_long":
+        longer = meta["sha256"].pop("train.bin")
+        header, tokens = prepare.shard_bytes(tokens_of(tmp_path / name / "train.bin")[:prepare.POCKET["tokens"]["train"]])
+        assert longer == recipe["sha256"]["train.bin"] and meta["sha256"] | {"train.bin": hashlib.sha256(header + tokens).hexdigest()} == track["sha256"]
+    else:
+        assert meta["sha256"] == recipe["sha256"] == track["sha256"]
+    assert meta["tokens"] == recipe["tokens"]
     assert (meta["text_bytes"]["val"], meta["text_bytes"]["test"], meta["vocab_size"]) == (track["val_bytes"], track["test_bytes"], track["vocab_size"])
 
 
