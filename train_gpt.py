@@ -77,6 +77,7 @@ class Config:
     n_head: int = 2
     mlp_hidden: int = 512          # width of the SwiGLU
     seq_len: int = 1024            # tokens of context, in training and in scoring
+    score_stride: int = 0          # scoring: a window begins so many tokens after the one before, and what both see is scored in that; 0: none overlap
     window_short: int = 128        # tokens that a short-window layer sees, the token itself included
     window_pattern: str = "SSSL"   # short and long windows, repeated over the layers; the last layer is always long
     softcap: float = 15.0          # logits are softcap * tanh(logits / softcap): keeps one token from costing too much
@@ -155,7 +156,7 @@ PRESETS = {  # the FineWeb tracks': shapes and recipes of the published Slowrun 
 def check_config(c):
     """Refuse what cannot be trained, before anything is loaded."""
     below_one = {"dropout", "loop_from", "bag_until", "ema"}  # at 1 nothing would be left, or the phase never come
-    zero_is_fine = {"seed", "loop_first", "loop_last", "loop_times", "probes"}
+    zero_is_fine = {"seed", "score_stride", "loop_first", "loop_last", "loop_times", "probes"}
     not_fractions = {"softcap", "epochs", "muon_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "distill_temp", "mtp_weight"}
     for f in dataclasses.fields(c):
         value = getattr(c, f.name)
@@ -172,6 +173,7 @@ def check_config(c):
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     require(rows % ranks == 0, f"--batch_tokens {c.batch_tokens}: its {rows:g} sequences cannot be divided among {ranks} ranks")
     require(c.device_tokens >= c.seq_len, f"--device_tokens {c.device_tokens}: must hold one sequence of --seq_len {c.seq_len}")
+    require(c.score_stride <= c.seq_len, f"--score_stride {c.score_stride}: would leave tokens out; choose at most --seq_len {c.seq_len}")
     require(c.train_tokens > c.bag_size, f"--train_tokens {c.train_tokens}: must be {c.bag_size + 1} or more")
     require(c.window_pattern and not set(c.window_pattern) - set("SL"), f"--window_pattern {c.window_pattern!r}: write it in S and L")
     for name in ("softcap", "epochs", "distill_temp"):
@@ -932,13 +934,15 @@ def load_run(run, args):
 def stream_nll(p, inputs, c, m, bos_id, phase):
     """Negative log-likelihood in nats of every token of independent streams, float32 [n_streams, length] on every rank, from what Recall
     makes of their ids, [n_streams, length, 1 + recalled(c)].
-    Consecutive windows of seq_len without overlap: each token is predicted once, from the tokens before it in its window and the
-    one before that. The first token of a stream has no context and gets 0."""
+    Windows of seq_len, one behind the other or, with score_stride, so many tokens after each other: each token is predicted once, from the tokens
+    before it in the first window that holds it and the one before that. The first token of a stream has no context and gets 0."""
     n, length, _ = inputs.shape
     out = torch.zeros(n, length, device=m.device)
-    n_full, rest = divmod(length - 1, c.seq_len)
-    for first, count, T in ((0, n_full, c.seq_len), (n_full, 1, rest)):  # whole windows, then what is left of each row
-        windows = [(row, i * c.seq_len) for row in range(n) for i in range(first, first + count)][m.rank::m.world_size] if T else []
+    stride = c.score_stride or c.seq_len
+    n_full = max(0, (length - 1 - c.seq_len) // stride + 1)
+    rest = length - 1 - n_full * stride  # of which the last whole window has scored the first seq_len - stride
+    for first, count, T in ((0, n_full, c.seq_len), (n_full, not n_full or rest > c.seq_len - stride, rest)):
+        windows = [(row, i * stride) for row in range(n) for i in range(first, first + count)][m.rank::m.world_size] if T else []
         rows = max(1, c.device_tokens // max(T, 1))
         for i in tqdm(range(0, len(windows), rows), "scoring", unit="batch", delay=3, leave=False, disable=m.rank > 0):
             part = windows[i:i + rows]
@@ -946,7 +950,8 @@ def stream_nll(p, inputs, c, m, bos_id, phase):
             h = forward(p, ids[:, :-1], c, m, bos_id, phase)
             nll = token_nll(h.flatten(0, 1), p["lm_head"], ids[:, 1:, 0].flatten(), c).view(len(part), T)
             for (row, at), values in zip(part, nll):
-                out[row, at + 1:at + 1 + T] = values
+                new = c.seq_len - stride if at else 0
+                out[row, at + 1 + new:at + 1 + T] = values[new:]
     return all_reduce(m, out).cpu().numpy()
 
 def scored_models(c):
@@ -1220,7 +1225,7 @@ def finish(progress, log, c, runs, run, m, meta, recall, val_tokens, steps):
         "train_tokens": c.train_tokens, "tokens_seen": sum(one.batch_tokens * bag for one, schedule, _ in runs for _, bag in schedule.phases),
         "parameters": sum(math.prod(shape) for one in scored for shape in param_shapes(one, vocab_size).values()),
         "train_flops": sum(train_flops(one, schedule, vocab_size, taught) for one, schedule, taught in runs),
-        "score_flops_per_token": sum(flops_per_token(one, vocab_size, phase_schedule(1.0, one)) for one in scored),
+        "score_flops_per_token": sum(flops_per_token(one, vocab_size, phase_schedule(1.0, one)) * one.seq_len / (one.score_stride or one.seq_len) for one in scored),
         "source_sha256": SOURCE_SHA256, "data_sha256": meta["sha256"], "hardware": hardware(m), "ranks": progress["ranks"],
         "threads": progress["threads"], "torch": torch.__version__, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

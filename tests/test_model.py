@@ -359,13 +359,17 @@ def test_rows_are_scored_independently(params, machine, recall):
         np.testing.assert_allclose(stream_nll(p, x[row:row + 1], c, machine, BOS, phase)[0], together[row], rtol=1e-5, atol=1e-6)
 
 
-def test_each_token_is_scored_from_its_own_window(params, machine):
-    """A stream in consecutive windows without overlap, written as a loop over tokens."""
-    c = config(seq_len=16, window_short=8)
-    p, x = params(c), random_tokens(1, 50).numpy()
+@pytest.mark.parametrize("stride", [0, 16, 5, 1])
+@pytest.mark.parametrize("length", [2, 16, 17, 18, 33, 50])
+def test_each_token_is_scored_from_its_own_window(params, machine, stride, length):
+    """A loop over tokens: each from the first of the windows, which begin every `stride` tokens and are 16 long, that holds it. Without a stride
+    these are consecutive."""
+    c = config(seq_len=16, window_short=8, score_stride=stride)
+    p, x = params(c), random_tokens(1, length).numpy()
     nll = stream_nll(p, x, c, machine, BOS, t.phase_schedule(1.0, c))[0]
-    for i in range(1, 50):
-        start = (i - 1) // 16 * 16
+    assert nll[0] == 0
+    for i in range(1, length):
+        start = next(at for at in range(0, length, stride or 16) if i <= at + 16)
         h = forward(p, torch.from_numpy(x[:, start:i]).to(machine.device), c, machine, BOS, t.phase_schedule(1.0, c))
         expected = -t.head_logits(h[0, -1:], p["lm_head"], c.softcap)[0].log_softmax(-1)[x[0, i]]
         assert abs(nll[i] - expected.item()) < 1e-4

@@ -588,7 +588,7 @@ def test_a_clock_that_jumps(tiny_data, finished_run, tmp_path):
 
 BAD_OPTIONS = [
     (["--n_embd", "50", "--n_head", "4"], "--n_embd"), (["--n_embd", "36", "--n_head", "2"], "--n_head"), (["--n_layer", "0"], "--n_layer"),
-    (["--batch_tokens", "1000"], "--batch_tokens"), (["--device_tokens", "32"], "--device_tokens"),
+    (["--batch_tokens", "1000"], "--batch_tokens"), (["--device_tokens", "32"], "--device_tokens"), (["--score_stride", "65"], "--score_stride"),
     (["--loop_times", "1", "--loop_first", "1", "--loop_last", "3"], "--loop_last"),
     (["--loop_times", "1", "--loop_first", "2", "--loop_last", "1"], "--loop_first"),
     (["--loop_from", "1"], "--loop_from"), (["--window_pattern", "SXL"], "--window_pattern"), (["--dropout", "1.0"], "--dropout"), (["--dropout", "-0.1"], "--dropout"),
