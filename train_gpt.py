@@ -1225,7 +1225,8 @@ def finish(progress, log, c, runs, run, m, meta, recall, val_tokens, steps):
         "train_tokens": c.train_tokens, "tokens_seen": sum(one.batch_tokens * bag for one, schedule, _ in runs for _, bag in schedule.phases),
         "parameters": sum(math.prod(shape) for one in scored for shape in param_shapes(one, vocab_size).values()),
         "train_flops": sum(train_flops(one, schedule, vocab_size, taught) for one, schedule, taught in runs),
-        "score_flops_per_token": sum(flops_per_token(one, vocab_size, phase_schedule(1.0, one)) * one.seq_len / (one.score_stride or one.seq_len) for one in scored),
+        "score_flops_per_token": sum(flops_per_token(one, vocab_size, phase_schedule(1.0, one)) * one.seq_len / (one.score_stride or one.seq_len)
+                                     for one in scored),
         "source_sha256": SOURCE_SHA256, "data_sha256": meta["sha256"], "hardware": hardware(m), "ranks": progress["ranks"],
         "threads": progress["threads"], "torch": torch.__version__, "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -1255,7 +1256,8 @@ def train_command(given, args):
         c = dataclasses.replace(c, members=more, student=student)
         check_config(c)
         finished = (run / "record.json").exists() and read_json(run / "record.json", lambda record: record["members"] == len(models(c)))
-        require(not finished, f"--resume {run}: this run is finished, its score is in record.json; --members with a larger number goes on with it, and so does --student")
+        require(not finished, f"--resume {run}: this run is finished, its score is in record.json; "
+                "--members with a larger number goes on with it, and so does --student")
         m = setup_machine(c, args)
     else:
         c = make_config(given)
@@ -1314,7 +1316,8 @@ def join_runs(folders, run):
     log = "\n".join([*text, ""]).encode()
     write_file(run / "log.txt", log)
     clock = {name: total(progress[name] for *_, progress in parts) for name, total in (("seconds", max), ("compile_seconds", max), ("ranks", sum), ("threads", max))}
-    save_tensors(run, "state", joined.members * 10 ** 7, {"params": {}, "source": SOURCE_SHA256, "progress": {"model": joined.members, "step": 0, "log_bytes": len(log)} | clock})
+    progress = {"model": joined.members, "step": 0, "log_bytes": len(log)} | clock
+    save_tensors(run, "state", joined.members * 10 ** 7, {"params": {}, "source": SOURCE_SHA256, "progress": progress})
     write_file(run / "config.json", json.dumps(read_json(folders[0] / "config.json", dict) | {"config": dataclasses.asdict(joined)}, indent=1).encode())
     print(f"{run}: {joined.members} members in {len(parts)} chains; score them with: python {SCRIPT} --resume {run}")
 
@@ -1396,11 +1399,13 @@ def dry_run(c, n_ranks):
     runs, peak = [(one, Schedule(nothing, NOTHING, one, m), taught) for one, taught in lessons(c)], 0
     print(f"{c.track}: {len(runs)} model(s) on {n_ranks} {'GPU(s)' if gpu else 'CPU process(es)'}")
     for one, schedule, taught in distinct(runs):
-        rows = [(math.prod(shape[:-2]), math.prod(shape[-2:])) if name in MUON_BANKS else (math.prod(shape), 1) for name, shape in param_shapes(one, vocab_size).items()]
+        shapes = param_shapes(one, vocab_size)
+        rows = [(math.prod(shapes[name][:-2]), math.prod(shapes[name][-2:])) if name in MUON_BANKS else (math.prod(shapes[name]), 1) for name in shapes]
         share = sum(-(-n // n_ranks) * size for n, size in rows)  # what a rank updates, see MuonAdamW: summed for it, and sent by it
         print(f"{sum(n * size for n, size in rows):,} parameters, {len(taught)} teacher(s), {schedule.total:,} steps of {one.batch_tokens:,} tokens")
         for phase in dict.fromkeys(schedule.phases):
-            print(f"  {schedule.phases.count(phase):,} steps of {len(phase[0])} layers in turn and bags of {phase[1]}: {flops_per_token(one, vocab_size, phase):.4g} FLOPs forward per position")
+            print(f"  {schedule.phases.count(phase):,} steps of {len(phase[0])} layers in turn and bags of {phase[1]}: "
+                  f"{flops_per_token(one, vocab_size, phase):.4g} FLOPs forward per position")
         with FakeTensorMode(allow_non_fake_inputs=True):
             kinds = step_memory(one, taught, max(schedule.phases, key=lambda phase: flops_per_token(one, vocab_size, phase)), vocab_size, m)
         peak = max(peak, kinds["peak"])
@@ -1410,8 +1415,8 @@ def dry_run(c, n_ranks):
     print(f"{flops:.4g} FLOPs in all")
     if gpu:
         seconds, cap = flops / (n_ranks * GPU_FLOPS * UTILIZATION), rule.get("max_seconds", math.inf)
-        print(f"{seconds:,.0f} s at {UTILIZATION:.0%} of an H100's {GPU_FLOPS / 1e12:.0f} TFLOP/s; the track's cap of {cap:,} s {'holds' if seconds <= cap else 'does NOT hold'} it, "
-              f"and a card of {GPU_BYTES / 1e9:.0f} GB {'holds' if peak <= GPU_BYTES else 'does NOT hold'} the memory")
+        print(f"{seconds:,.0f} s at {UTILIZATION:.0%} of an H100's {GPU_FLOPS / 1e12:.0f} TFLOP/s; the track's cap of {cap:,} s "
+              f"{'holds' if seconds <= cap else 'does NOT hold'} it, and a card of {GPU_BYTES / 1e9:.0f} GB {'holds' if peak <= GPU_BYTES else 'does NOT hold'} the memory")
 
 # ---- main -------------------------------------------------------------------------------------------------------------
 
@@ -1430,7 +1435,8 @@ def parse_args(argv):
     parser.add_argument("--prompt", default="", metavar="TEXT")
     parser.add_argument("--length", type=int, default=500, metavar="N")
     parser.add_argument("--run_dir", type=Path, metavar="DIR", help="folder of a new run (default: runs/TRACK_TIME_SEED)")
-    what.add_argument("--dry_run", type=int, nargs="?", const=0, metavar="GPUS", help="say what a run would take on so many GPUs (as many as the track allows), and train nothing")
+    what.add_argument("--dry_run", type=int, nargs="?", const=0, metavar="GPUS",
+                      help="say what a run would take on so many GPUs (as many as the track allows), and train nothing")
     what.add_argument("--join", type=Path, nargs="+", metavar="RUN", help="make one run, --run_dir, of finished chains that were trained apart")
     parser.add_argument("--steps", type=int, metavar="N", help="squeeze a new run into N steps: a trial, never a record")
     for name, choices in (("device", "auto cpu cuda"), ("attention", "auto varlen flex sdpa"), ("compile", "auto on off")):
@@ -1444,7 +1450,8 @@ def parse_args(argv):
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     if args.run_dir and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (args.run_dir / "config.json").exists():
         given, args.resume, args.run_dir, args.steps = {}, args.run_dir, None, None  # torchrun begins the same command again after a rank was lost
-    unfit = [*(name for name in given if not (args.resume and name in ("members", "student"))), *(name for name in ("run_dir", "steps") if getattr(args, name) and not args.join)]
+    unfit = [name for name in given if not (args.resume and name in ("members", "student"))]
+    unfit += [name for name in ("run_dir", "steps") if getattr(args, name) and not args.join]
     require(not unfit or not (args.resume or args.score or args.sample or args.join), f"--{(unfit or [''])[0]}: a run keeps its own, leave it out")
     require(args.steps is None or args.steps > 0, f"--steps {args.steps}: must be 1 or more")
     require(not args.run_dir or not (args.run_dir / "config.json").exists(),

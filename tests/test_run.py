@@ -124,6 +124,16 @@ def test_better_than_it_was(finished_run, tiny_data, cli, tmp_path):
     assert four < one - 0.2
 
 
+def test_overlapping_windows_change_the_score_alone(finished_run, tiny_data, cli, tmp_path):
+    """The same weights and another score, which costs four windows for each token."""
+    assert cli(*options(**TINY | dict(score_stride=16), data=tiny_data), "--run_dir", tmp_path / "r", *PLAIN)[0] == 0
+    for name, w in weights(finished_run).items():
+        assert torch.equal(weights(tmp_path / "r")[name], w), name
+    apart, overlapping = (json.loads((run / "record.json").read_text()) for run in (finished_run, tmp_path / "r"))
+    assert overlapping["val_loss"] != apart["val_loss"] and overlapping["train_flops"] == apart["train_flops"]
+    assert overlapping["score_flops_per_token"] == 4 * apart["score_flops_per_token"]
+
+
 # ---- kills, stops, broken disks
 
 @pytest.mark.parametrize("when", ["early", "training", "checkpoint", "scoring"])
