@@ -77,7 +77,7 @@ class Config:
     n_head: int = 2
     mlp_hidden: int = 512          # width of the SwiGLU
     seq_len: int = 1024            # tokens of context, in training and in scoring
-    score_stride: int = 0          # scoring: a window begins so many tokens after the one before, and what both see is scored in that; 0: none overlap
+    score_stride: int = 0          # scoring: windows begin so many tokens apart; one that overlaps the window before scores the rest; 0: none overlaps
     window_short: int = 128        # tokens that a short-window layer sees, the token itself included
     window_pattern: str = "SSSL"   # short and long windows, repeated over the layers; the last layer is always long
     softcap: float = 15.0          # logits are softcap * tanh(logits / softcap): keeps one token from costing too much
@@ -98,7 +98,7 @@ class Config:
     chains: int = 1                # the members form so many chains of equal length ...
     distill_alpha: float = 0.0     # ... in which, from the second member on, this share of the loss is KL to the member before (chain distillation)
     distill_temp: float = 1.0      # ... between distributions at this temperature
-    student: str = ""              # after the members one model, with these changes to the recipe, learns from all of them and alone is scored
+    student: str = ""              # after the members one model, with these changes to the recipe, learns from each of them in turn and alone is scored
     bag_size: int = 1              # token superposition (2605.06546): bags of so many tokens in, the next bag's tokens out ...
     bag_until: float = 0.0         # ... for this first fraction of training, then single tokens
     mtp_weight: float = 0.0        # of an auxiliary loss on the token after the next (2404.19737); its projection is not used in scoring
@@ -155,7 +155,7 @@ PRESETS = {  # the FineWeb tracks': shapes and recipes of the published Slowrun 
 
 def check_config(c):
     """Refuse what cannot be trained, before anything is loaded."""
-    below_one = {"dropout", "loop_from", "bag_until", "ema"}  # at 1 nothing would be left, or the phase never come
+    below_one = {"dropout", "loop_from", "bag_until", "ema", "adam_beta1", "adam_beta2"}  # at 1 nothing would be left, or the phase never come
     zero_is_fine = {"seed", "score_stride", "loop_first", "loop_last", "loop_times", "probes"}
     not_fractions = {"softcap", "epochs", "muon_lr", "embed_lr", "head_lr", "scalar_lr", "weight_decay", "distill_temp", "mtp_weight"}
     for f in dataclasses.fields(c):
@@ -183,8 +183,7 @@ def check_config(c):
     require(c.loop_times == 0 or c.loop_first <= c.loop_last < c.n_layer,
             f"--loop_first {c.loop_first} --loop_last {c.loop_last}: not a range of the model's layers 0 to {c.n_layer - 1}")
     require(c.dtype in ("auto", "bf16", "fp32"), f"--dtype {c.dtype}: choose auto, bf16 or fp32")
-    for name in ("recall", "memory"):
-        value = getattr(c, name)
+    for name, value in (("recall", c.recall), ("memory", c.memory)):
         require(re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", value), f"--{name} {value}: write lengths of n-grams with commas between, such as 4,8,16")
     pair = r"(\d+\.?\d*|\.\d+):(\d+\.?\d*|\.\d+)"
     require(re.fullmatch(f"{pair}(,{pair})*", c.wd_points) and wd_points(c) == sorted(wd_points(c)),
@@ -304,15 +303,19 @@ HEADER_INTS, MAGIC = 256, 20240520  # the shard format of llm.c and modded-nanog
 def data_folder(c):
     return Path(c.data) if os.sep in c.data else HERE / "data" / c.data
 
+def from_prepare(function, *args):
+    """What a function of data/prepare.py returns. That file is not needed where the data is there."""
+    from data import prepare
+    try:
+        return getattr(prepare, function)(*args)
+    except prepare.DataError as e:
+        raise Stop(str(e))
+
 def read_meta(c, m):
     """meta.json of the run's data. The pocket shards are prepared on the spot where they are missing."""
     path = data_folder(c) / "meta.json"
     if c.data == "pocket" and not path.exists() and m.rank == 0:
-        from data import prepare
-        try:
-            prepare.prepare_pocket()
-        except prepare.DataError as e:
-            raise Stop(str(e))
+        from_prepare("prepare_pocket")
     if m.world_size > 1:
         dist.barrier()
     require(path.exists(), f"{path}: no data there; python data/prepare.py --help says how to prepare it, --data names another folder")
@@ -424,9 +427,7 @@ class Loader:
     An epoch is the budget's documents in an order drawn from (seed, epoch), laid end to end and cut every seq_len tokens into
     rows, which are then shuffled. A document that would end with its row is taken early, so that the next row starts at a BOS.
     Every token but the epoch's first is a target exactly once; the last row is filled up with targets of -1: not counted.
-
     With bags of s tokens a row holds s * seq_len tokens, and each bag's targets are the s tokens of the next bag.
-
     inputs: [n, 1 + recalled(c)] of Recall, of which the first train_tokens are shown."""
     def __init__(self, inputs, bos_id, c, rank=0, world_size=1, bag=1):
         self.inputs = inputs[:c.train_tokens]
@@ -648,29 +649,24 @@ def head_logits(h, w, softcap):
     """Float32 logits [n, V] of hidden states [n, D] under the head [V, D]."""
     return F.linear(h, w).float().div_(softcap).tanh_().mul_(softcap)
 
-def objective_chunk(h, w, targets, softcap, alpha, temp, teachers):
+def objective_chunk(h, w, targets, softcap, alpha, temp, teacher):
     """Cross-entropy of one chunk of tokens, and its gradient with respect to the logits before the softcap. h [n, D], w [V, D],
     targets [n, K]: each token's K targets count alike; -1 counts nothing. Returns the sum of the losses in nats (float32) and
     the gradient, [n, V] in h's dtype.
-
-    teachers: (h [n, D_t], w [V, D_t], log of the share) of each model whose averaged probabilities this one learns from. The loss is then
-    (1 - alpha) * CE + alpha * temp**2 * KL(teachers || model), both at temperature temp (arXiv 1503.02531)."""
+    teacher: (h [n, D_t], w [V, D_t]) of a model that this one learns from, or (). The loss is then
+    (1 - alpha) * CE + alpha * temp**2 * KL(teacher || model), both at temperature temp (arXiv 1503.02531)."""
     logits = head_logits(h, w, softcap)  # what follows works in place: fresh memory of this size costs more than the arithmetic
     counted, index = targets >= 0, targets.clamp_min(0)
     lse = logits.logsumexp(-1, keepdim=True)
     loss = ((lse - logits.gather(1, index)) * counted).sum()
     slope = logits.square().mul_(-1 / softcap ** 2).add_(1)  # of the softcap
-    if teachers:
-        mix = None
-        for h_t, w_t, log_share in teachers:
-            log_p = head_logits(h_t, w_t, softcap).log_softmax(-1) + log_share
-            mix = log_p if mix is None else torch.logaddexp(mix, log_p)
-        log_p, log_q = (mix / temp).log_softmax(-1), (logits / temp).log_softmax(-1)
+    if teacher:
+        log_p, log_q = (head_logits(*teacher, softcap) / temp).log_softmax(-1), (logits / temp).log_softmax(-1)
         taught = counted[:, :1]
         loss = (1 - alpha) * loss + alpha * temp ** 2 * (((log_p - log_q) * log_p.exp()).sum(-1, keepdim=True) * taught).sum()
         pull = alpha * temp * taught * (log_q.exp() - log_p.exp())
     grad = logits.sub_(lse).exp_().mul_(counted.sum(1, keepdim=True)).scatter_add_(1, index, -counted.float())
-    if teachers:
+    if teacher:
         grad = grad.mul_(1 - alpha).add_(pull)
     return loss, grad.mul_(slope).to(h.dtype)
 
@@ -678,14 +674,14 @@ class ChunkedObjective(torch.autograd.Function):
     """The logits of a chunk and their gradient are made in the forward pass and dropped; what stays is the gradient of h and
     of w. Three matrix products, as many as the plain way needs, and never more than [chunk, V] in memory."""
     @staticmethod
-    def forward(ctx, h, w, targets, c, scale, objective_chunk, teachers):
+    def forward(ctx, h, w, targets, c, scale, objective_chunk, teacher):
         grad_h, grad_w = torch.empty_like(h), torch.zeros(w.shape, dtype=torch.float32, device=w.device)
         cast = w.to(h.dtype)
         loss = torch.zeros((), device=h.device)
         for i in range(0, len(h), c.loss_chunk):
             part = h[i:i + c.loss_chunk]
-            parts = tuple((h_t[i:i + c.loss_chunk], w_t, log_share) for h_t, w_t, log_share in teachers)
-            part_loss, grad = objective_chunk(part, cast, targets[i:i + c.loss_chunk], c.softcap, c.distill_alpha, c.distill_temp, parts)
+            shown = (teacher[0][i:i + c.loss_chunk], teacher[1]) if teacher else ()
+            part_loss, grad = objective_chunk(part, cast, targets[i:i + c.loss_chunk], c.softcap, c.distill_alpha, c.distill_temp, shown)
             loss += part_loss
             torch.mm(grad, cast, out=grad_h[i:i + c.loss_chunk])
             grad_w += grad.T @ part
@@ -697,10 +693,10 @@ class ChunkedObjective(torch.autograd.Function):
         grad_h, grad_w = ctx.saved_tensors
         return grad_h * grad, grad_w * grad, None, None, None, None, None
 
-def objective(h, w, targets, c, m, scale, teachers=()):
+def objective(h, w, targets, c, m, scale, teacher=()):
     """The training loss: scale * sum over tokens and their targets of -log p(target), a scalar with gradients. h [N, D] from
-    forward(), w [V, D] the head in float32, targets [N, K] (K targets of each token, -1: none); teachers as in objective_chunk()."""
-    return ChunkedObjective.apply(h, w, targets, c, scale, m.objective_chunk, teachers)
+    forward(), w [V, D] the head in float32, targets [N, K] (K targets of each token, -1: none); teacher as in objective_chunk()."""
+    return ChunkedObjective.apply(h, w, targets, c, scale, m.objective_chunk, teacher)
 
 def token_nll(h, w, targets, c):
     """-log p(target) of every token in nats, float32 [N]: the scoring side of objective(). h [N, D], targets [N]."""
@@ -934,8 +930,8 @@ def load_run(run, args):
 def stream_nll(p, inputs, c, m, bos_id, phase):
     """Negative log-likelihood in nats of every token of independent streams, float32 [n_streams, length] on every rank, from what Recall
     makes of their ids, [n_streams, length, 1 + recalled(c)].
-    Windows of seq_len, one behind the other or, with score_stride, so many tokens after each other: each token is predicted once, from the tokens
-    before it in the first window that holds it and the one before that. The first token of a stream has no context and gets 0."""
+    Windows of seq_len begin where the one before ends or, with score_stride, so many tokens after its beginning: each token is predicted once, from
+    the tokens before it in the earliest window that holds it. The first token of a stream has no context and gets 0."""
     n, length, _ = inputs.shape
     out = torch.zeros(n, length, device=m.device)
     stride = c.score_stride or c.seq_len
@@ -1001,11 +997,7 @@ def score_command(args):
 @torch.no_grad()
 def sample(run, c, m, meta, recall, prompt, n_tokens, temperature=0.8):
     """Text that the run's models write after `prompt`. The whole context is computed anew for each token: slow, and simple."""
-    from data import prepare
-    try:
-        encoding = prepare.get_encoding(meta["tokenizer"])
-    except prepare.DataError as e:
-        raise Stop(str(e))
+    encoding = from_prepare("get_encoding", meta["tokenizer"])
     scored = [(one, load_weights(run, number, one, meta, m)) for number, one in scored_models(c)]
     g, ids = torch.Generator().manual_seed(c.seed), [meta["bos_id"]] + encoding.encode_ordinary(prompt)
     for _ in range(n_tokens):
@@ -1057,18 +1049,18 @@ def hardware(m):
     names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if os.path.exists("/proc/cpuinfo") else []
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
-def train_pass(p, x, y, n_targets, c, m, bos_id, phase, seed, teachers=()):
-    """Forward and backward of one micro-batch; gradients add up in p[name].grad. teachers: (Config, weights) of each model that
+def train_pass(p, x, y, n_targets, c, m, bos_id, phase, seed, teacher=None):
+    """Forward and backward of one micro-batch; gradients add up in p[name].grad. teacher: (Config, weights) of the model that
     this one learns from. Returns its part of the mean loss."""
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))  # what is dropped depends on the step alone, so a resumed run repeats it
     x, y = x.to(m.device, non_blocking=True), y.to(m.device, non_blocking=True)
-    taught = []
-    with torch.no_grad():
-        for t, p_t in teachers if phase[1] == 1 else ():  # there is nothing to learn about bags
-            h = forward(p_t, x, t, m, bos_id, phase_schedule(1.0, t), compiled=True)
-            taught.append((h.flatten(0, 1), p_t["lm_head"].to(h.dtype), -math.log(len(teachers))))
+    shown = ()
+    if teacher and phase[1] == 1:  # there is nothing to learn about bags
+        t, p_t = teacher
+        with torch.no_grad():
+            shown = forward(p_t, x, t, m, bos_id, phase_schedule(1.0, t), compiled=True).flatten(0, 1), p_t["lm_head"].to(m.dtype)
     h = forward(p, x, c, m, bos_id, phase, training=True, compiled=True)
-    loss = objective(h.flatten(0, 1), p["lm_head"], y.flatten(0, 1), c, m, 1 / n_targets, tuple(taught))
+    loss = objective(h.flatten(0, 1), p["lm_head"], y.flatten(0, 1), c, m, 1 / n_targets, shown)
     if "mtp" in p:
         later = F.pad(y[:, 1:], (0, 0, 0, 1), value=-1)
         loss = loss + objective(norm(F.linear(h, p["mtp"][0].to(h.dtype))).flatten(0, 1), p["lm_head"], later.flatten(0, 1), c, m, c.mtp_weight / n_targets)
@@ -1094,13 +1086,13 @@ class Schedule:
 
 def train_flops(c, schedule, vocab_size, teachers):
     """Of a model's training: a backward pass costs two forward passes, a teacher one."""
-    taught = sum(flops_per_token(t, vocab_size, phase_schedule(1.0, t)) for t in teachers)
+    taught = sum(flops_per_token(t, vocab_size, phase_schedule(1.0, t)) for t in teachers[:1])  # one at a time, all of one recipe
     later = 2 * c.n_embd * (c.n_embd + vocab_size) * (c.mtp_weight > 0)
     return c.batch_tokens * sum(3 * (flops_per_token(c, vocab_size, phase) + later) + taught * (phase[1] == 1) for phase in schedule.phases)
 
 def distinct(runs):
     """Those that differ in more than the seed."""
-    return list({(dataclasses.replace(c, seed=0), len(taught)): (c, schedule, taught) for c, schedule, taught in runs}.values())
+    return list({(dataclasses.replace(c, seed=0), bool(taught)): (c, schedule, taught) for c, schedule, taught in runs}.values())
 
 def compile_all(runs, m, meta):
     """Compile every phase of training on made-up tokens; where that fails, go on without. runs: (Config, Schedule, teachers' configs) of
@@ -1113,11 +1105,11 @@ def compile_all(runs, m, meta):
         try:
             for c, schedule, taught in distinct(runs):
                 p = {name: w.to(m.device).requires_grad_() for name, w in init_params(c, vocab_size).items()}
-                teachers = [(t, {name: w.to(m.device) for name, w in init_params(t, vocab_size).items()}) for t in taught]
+                teacher = (taught[0], {name: w.to(m.device) for name, w in init_params(taught[0], vocab_size).items()}) if taught else None
                 for phase in sorted(set(schedule.phases)):
                     for rows in {len(part) for part in torch.arange(len(schedule.plain.share)).split(c.device_tokens // c.seq_len)}:
                         x = torch.zeros(rows, c.seq_len * phase[1], 1 + recalled(c), dtype=torch.long)
-                        train_pass(p, x, x[..., 0].contiguous().unflatten(1, (-1, phase[1])), 1, c, m, meta["bos_id"], phase, (0,), teachers)
+                        train_pass(p, x, x[..., 0].contiguous().unflatten(1, (-1, phase[1])), 1, c, m, meta["bos_id"], phase, (0,), teacher)
         except RuntimeError as e:  # as which torch._dynamo passes on whatever the compiler ran into
             set_compiled(m, "auto", f"the compiler failed, {first_line(e)}")
     all_reduce(m, torch.zeros(1, device=m.device)).item()  # ... but waiting for the slowest compiler is
@@ -1149,7 +1141,7 @@ def train(c, runs, run, m, meta, probe, asked_to_stop, log):
     for k, (one, schedule, taught) in enumerate(runs):
         new = k >= progress["model"]
         if new:
-            teachers = [(t, load_weights(run, trained.index(t), t, meta, m)) for t in taught]
+            teachers = [(trained.index(t), t) for t in taught]
             p = train_model(k, one, run, m, meta, schedule, teachers, state if state["params"] else None, progress, log, probe, start, asked_to_stop, len(runs))
             if m.rank == 0:
                 save_tensors(run, "weights", k, {name: w.detach().cpu() for name, w in p.items()})
@@ -1168,8 +1160,11 @@ def train(c, runs, run, m, meta, probe, asked_to_stop, log):
             save_state(run, {}, None, {}, progress, log, m)
     return progress
 
+TURN = 25  # to load the next teacher takes no longer than a step or two
+
 def train_model(k, c, run, m, meta, schedule, teachers, state, progress, log, probe, start, asked_to_stop, n_models):
-    """Train one model of a run, from the state of a checkpoint or from the start. Returns its final weights."""
+    """Train one model of a run, from the state of a checkpoint or from the start. teachers: (number, Config) of the models that it learns from, TURN
+    steps from each in turn: that costs what one costs, and in the mean its gradient is that of their mean probability. Returns its final weights."""
     bos_id, total = meta["bos_id"], schedule.total
     begin = state or {"params": init_params(c, meta["vocab_size"])}
     p = {name: w.to(m.device).requires_grad_() for name, w in begin["params"].items()}
@@ -1179,14 +1174,18 @@ def train_model(k, c, run, m, meta, schedule, teachers, state, progress, log, pr
         optimizer.load_state_dict(state["optimizer"])
     who = f"member {k + 1} " if n_models > 1 else ""
     probe_at = {round(total * (i + 1) / c.probes) for i in range(c.probes - 1)}
-    first, began = progress["step"], time.monotonic()
+    first, began, teacher = progress["step"], time.monotonic(), None
     for step in range(first, total):
         done, phase = (step + 0.5) / total, schedule.phases[step]
         lr = lr_schedule(done, c)
+        if teachers and (step == first or step % TURN == 0 and len(teachers) > 1):
+            teacher = None  # its memory is free before the next one comes
+            number, t = teachers[step // TURN % len(teachers)]
+            teacher = t, load_weights(run, number, t, meta, m)
         x, y, n_targets = schedule.batch(step)
         loss = torch.zeros((), device=m.device)
         for i, (xs, ys) in enumerate(zip(x.split(c.device_tokens // c.seq_len), y.split(c.device_tokens // c.seq_len))):
-            loss += train_pass(p, xs, ys, n_targets, c, m, bos_id, phase, (c.seed, step, m.rank, i), teachers)
+            loss += train_pass(p, xs, ys, n_targets, c, m, bos_id, phase, (c.seed, step, m.rank, i), teacher)
         optimizer.step(step, lr, wd_schedule(done, c), momentum_schedule(done, c))
         for name, w in ema.items():
             w.lerp_(p[name].detach(), 1 - min(c.ema, (step + 1) / (step + 10)))  # a young average forgets its first steps
@@ -1316,8 +1315,8 @@ def join_runs(folders, run):
     log = "\n".join([*text, ""]).encode()
     write_file(run / "log.txt", log)
     clock = {name: total(progress[name] for *_, progress in parts) for name, total in (("seconds", max), ("compile_seconds", max), ("ranks", sum), ("threads", max))}
-    progress = {"model": joined.members, "step": 0, "log_bytes": len(log)} | clock
-    save_tensors(run, "state", joined.members * 10 ** 7, {"params": {}, "source": SOURCE_SHA256, "progress": progress})
+    clock |= {"model": joined.members, "step": 0, "log_bytes": len(log)}
+    save_tensors(run, "state", joined.members * 10 ** 7, {"params": {}, "source": SOURCE_SHA256, "progress": clock})
     write_file(run / "config.json", json.dumps(read_json(folders[0] / "config.json", dict) | {"config": dataclasses.asdict(joined)}, indent=1).encode())
     print(f"{run}: {joined.members} members in {len(parts)} chains; score them with: python {SCRIPT} --resume {run}")
 
@@ -1371,14 +1370,13 @@ def step_memory(c, teachers, phase, vocab_size, m):
     c = dataclasses.replace(c, window_pattern="L") if gpu else c
     m = dataclasses.replace(m, attention="sdpa", objective_chunk=noted_chunk, block=compiled_block if m.compiled else block)
     with ledger:
-        averages = [c] if c.ema else []
-        p, *others = [{name: torch.zeros(shape) for name, shape in param_shapes(one, vocab_size).items()} for one in (c, *teachers, *averages)]
+        p, *others = [{name: torch.zeros(shape) for name, shape in param_shapes(one, vocab_size).items()} for one in (c, *teachers[:1], *[c] * (c.ema > 0))]
         kinds["weights"] = ledger.live
         optimizer = MuonAdamW({name: w.requires_grad_() for name, w in p.items()}, c, m)
         kinds["optimizer"], kinds["gradients"] = ledger.live - kinds["weights"], sum(4 * w.numel() for w in p.values())
         x = torch.zeros(rows, c.seq_len * phase[1], 1 + recalled(c), dtype=torch.long)
         for _ in range(min(2, c.batch_tokens // m.world_size // c.seq_len // rows)):  # the second micro-batch finds gradients there
-            train_pass(p, x, x[..., 0].unflatten(1, (-1, phase[1])), 1, c, m, 0, phase, (0,), tuple(zip(teachers, others)))
+            train_pass(p, x, x[..., 0].unflatten(1, (-1, phase[1])), 1, c, m, 0, phase, (0,), (teachers[0], others[0]) if teachers else None)
         optimizer.step(0, 1.0, 1.0, 0.95)
     return kinds | {"peak": ledger.peak - masks}
 
@@ -1389,7 +1387,7 @@ def dry_run(c, n_ranks):
     rules = HERE / "records" / "tracks.json"
     rule = json.loads(rules.read_text())["tracks"].get(c.track, {}) if rules.exists() else {}
     n_ranks, gpu = n_ranks or min(rule.get("max_ranks", 1), c.batch_tokens // c.seq_len), not c.track.startswith("pocket")
-    require(c.batch_tokens // c.seq_len % n_ranks == 0, f"--dry_run {n_ranks}: --batch_tokens {c.batch_tokens} cannot be divided among so many")
+    require(n_ranks > 0 and c.batch_tokens // c.seq_len % n_ranks == 0, f"--dry_run {n_ranks}: --batch_tokens {c.batch_tokens} cannot be divided among so many")
     meta = data_folder(c) / "meta.json"
     vocab_size = read_json(meta, check_meta)["vocab_size"] if meta.exists() else 257 if c.data == "pocket" else 50257
     if n_ranks > 1:
@@ -1399,10 +1397,9 @@ def dry_run(c, n_ranks):
     runs, peak = [(one, Schedule(nothing, NOTHING, one, m), taught) for one, taught in lessons(c)], 0
     print(f"{c.track}: {len(runs)} model(s) on {n_ranks} {'GPU(s)' if gpu else 'CPU process(es)'}")
     for one, schedule, taught in distinct(runs):
-        shapes = param_shapes(one, vocab_size)
-        rows = [(math.prod(shapes[name][:-2]), math.prod(shapes[name][-2:])) if name in MUON_BANKS else (math.prod(shapes[name]), 1) for name in shapes]
-        share = sum(-(-n // n_ranks) * size for n, size in rows)  # what a rank updates, see MuonAdamW: summed for it, and sent by it
-        print(f"{sum(n * size for n, size in rows):,} parameters, {len(taught)} teacher(s), {schedule.total:,} steps of {one.batch_tokens:,} tokens")
+        rows = [MuonAdamW.rows(name, torch.empty(shape, device="meta")) for name, shape in param_shapes(one, vocab_size).items()]
+        share = sum(-(-len(w) // n_ranks) * w[0].numel() for w in rows)  # what a rank updates, see MuonAdamW: summed for it, and sent by it
+        print(f"{sum(w.numel() for w in rows):,} parameters, {len(taught)} teacher(s), {schedule.total:,} steps of {one.batch_tokens:,} tokens")
         for phase in dict.fromkeys(schedule.phases):
             print(f"  {schedule.phases.count(phase):,} steps of {len(phase[0])} layers in turn and bags of {phase[1]}: "
                   f"{flops_per_token(one, vocab_size, phase):.4g} FLOPs forward per position")
@@ -1432,8 +1429,8 @@ def parse_args(argv):
     what.add_argument("--sample", type=Path, metavar="RUN", help="let a run's model write, after --prompt, --length tokens")
     parser.add_argument("--tokens", type=Path, metavar="FILE", help="a shard, or .npy uint16 [n_streams, length] of independent streams")
     parser.add_argument("--nll", type=Path, metavar="OUT.npy", help="nats per token, in the shape of --tokens")
-    parser.add_argument("--prompt", default="", metavar="TEXT")
-    parser.add_argument("--length", type=int, default=500, metavar="N")
+    parser.add_argument("--prompt", metavar="TEXT")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens that --sample writes at most [500]")
     parser.add_argument("--run_dir", type=Path, metavar="DIR", help="folder of a new run (default: runs/TRACK_TIME_SEED)")
     what.add_argument("--dry_run", type=int, nargs="?", const=0, metavar="GPUS",
                       help="say what a run would take on so many GPUs (as many as the track allows), and train nothing")
@@ -1450,9 +1447,12 @@ def parse_args(argv):
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config) if hasattr(args, f.name)}
     if args.run_dir and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (args.run_dir / "config.json").exists():
         given, args.resume, args.run_dir, args.steps = {}, args.run_dir, None, None  # torchrun begins the same command again after a rank was lost
-    unfit = [name for name in given if not (args.resume and name in ("members", "student"))]
-    unfit += [name for name in ("run_dir", "steps") if getattr(args, name) and not args.join]
-    require(not unfit or not (args.resume or args.score or args.sample or args.join), f"--{(unfit or [''])[0]}: a run keeps its own, leave it out")
+    kept = args.resume or args.score or args.sample or args.join
+    unfit = [name for name in given if kept and not (args.resume and name in ("members", "student"))]
+    unfit += [name for name in ("run_dir", "steps") if getattr(args, name) and (kept or args.dry_run is not None) and not (args.join and name == "run_dir")]
+    require(not unfit, f"--{(unfit or [''])[0]}: is for a new run, leave it out")
+    for name, what_for in (("tokens", "score"), ("nll", "score"), ("prompt", "sample"), ("length", "sample")):
+        require(getattr(args, name) is None or getattr(args, what_for), f"--{name}: goes with --{what_for} RUN")
     require(args.steps is None or args.steps > 0, f"--steps {args.steps}: must be 1 or more")
     require(not args.run_dir or not (args.run_dir / "config.json").exists(),
             f"--run_dir {args.run_dir}: already holds a run; go on with --resume {args.run_dir}, or name another folder")
@@ -1477,7 +1477,7 @@ def main():
         elif args.join:
             join_runs(args.join, args.run_dir)
         elif args.sample:
-            print(sample(args.sample, *load_run(args.sample, args), args.prompt, args.length))
+            print(sample(args.sample, *load_run(args.sample, args), args.prompt or "", args.length or 500))
         else:
             train_command(given, args)
         if dist.is_initialized():
@@ -1486,7 +1486,7 @@ def main():
     except (Stop, KeyboardInterrupt) as e:
         message, status = (*e.args, 2)[:2] if isinstance(e, Stop) else ("interrupted", 130)
     except OSError as e:  # reading is checked where it happens: this is a disk that is full, or may not be written
-        message, status = f"cannot write {e.filename or 'in the run folder'}: {e.strerror}; what was saved is intact, --resume goes on", 1
+        message, status = f"cannot read or write {e.filename or 'in the run folder'}: {e.strerror}; what was saved is intact, --resume goes on", 1
     except RuntimeError as e:
         if not dist.is_initialized() or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise

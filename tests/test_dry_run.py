@@ -103,12 +103,12 @@ def test_flops_against_pytorchs_counter(grown):
     c = t.make_config(TINY | dict(n_layer=4, n_embd=128, mlp_hidden=352, window_pattern="L", batch_tokens=256, device_tokens=256) | grown)
     m, phase = t.Machine(torch.device("cpu"), torch.float32, block=t.block, objective_chunk=t.objective_chunk), t.phase_schedule(0.5, c)
     p = {name: w.requires_grad_() for name, w in t.init_params(c, 1000).items()}
-    teachers = [(c, {name: w.detach() for name, w in p.items()})] if c.members > 1 else []
+    teacher = (c, {name: w.detach() for name, w in p.items()}) if c.members > 1 else None
     x = torch.randint(999, (256 // c.seq_len, c.seq_len * phase[1], 1))
     with FlopCounterMode(display=False) as counter:
-        t.train_pass(p, x, x[..., 0].unflatten(1, (-1, phase[1])), 1, c, m, 999, phase, (0,), teachers)
-    formula = t.train_flops(c, types.SimpleNamespace(phases=[phase]), 1000, [c] * len(teachers))
-    attention = 256 * (3 + len(teachers)) * len(phase[0]) * 4 * (c.seq_len + 1) / 2 * c.n_embd
+        t.train_pass(p, x, x[..., 0].unflatten(1, (-1, phase[1])), 1, c, m, 999, phase, (0,), teacher)
+    formula = t.train_flops(c, types.SimpleNamespace(phases=[phase]), 1000, [c] * (c.members - 1))
+    attention = 256 * (2 + c.members) * len(phase[0]) * 4 * (c.seq_len + 1) / 2 * c.n_embd
     assert counter.get_total_flops() == pytest.approx(formula - attention, rel=0.005)
 
 
@@ -140,6 +140,7 @@ def test_bytes_that_a_rank_sends(ranks, tiny_data, monkeypatch):
     assert sum(sent) >= 2 * sum(w.numel() for w in p.values()) * (ranks - 1) / ranks and set(shapes) == set(p)
 
 
-def test_what_cannot_be_divided_is_one_line():
-    status, out, err = dry_run("--track", "tiny", "--dry_run", 7)
-    assert (status, out, err.count("\n")) == (2, "", 1) and "--dry_run 7" in err
+@pytest.mark.parametrize("argv, named", [(["--dry_run", 7], "--dry_run 7"), (["--dry_run", -2], "--dry_run -2"), (["--dry_run", "--steps", 20], "--steps")], ids=str)
+def test_what_cannot_be_divided_or_does_not_fit_is_one_line(argv, named):
+    status, out, err = dry_run("--track", "tiny", *argv)
+    assert (status, out, err.count("\n")) == (2, "", 1) and named in err

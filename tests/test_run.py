@@ -291,7 +291,7 @@ def test_full_disk_leaves_the_last_checkpoint(tiny_data, finished_run, tmp_path)
     assert (run / "log.txt").stat().st_size < limit
     done = subprocess.run([sys.executable, "train_gpt.py", "--resume", str(run), *PLAIN], cwd=ROOT, capture_output=True, text=True, timeout=120,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cannot write" in done.stderr and "--resume" in done.stderr
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "cannot read or write" in done.stderr and "--resume" in done.stderr
     assert {path.name: path.read_bytes() for path in t.saved(run, "state")} == before and not list(run.glob("*.tmp"))
     assert resume(run).returncode == 0
     assert_same_end(run, finished_run)
@@ -456,6 +456,34 @@ def test_the_student_alone_is_scored(chain):
     assert float(bags[-1]) == pytest.approx(512 * 51 / 20_000, rel=0.02)
 
 
+def test_a_student_learns_from_each_in_turn(tiny_data, cli, tmp_path, monkeypatch):
+    """TURN steps from each member, in their order, also where a run goes on in the middle of a turn; and a member of a chain from the one before alone."""
+    seen, train_pass = [], t.train_pass
+
+    def noted(p, *args):
+        teacher = args[-1]
+        seen.append(teacher and float(teacher[1]["lm_head"].sum()))
+        return train_pass(p, *args)
+    monkeypatch.setattr(t, "train_pass", noted)
+    monkeypatch.setattr(t, "TURN", 4)
+    run, recipe = tmp_path / "run", TINY | dict(members=3, distill_alpha=0.4, device_tokens=512, epochs=0.3, student="distill_alpha=0.9")
+    assert cli(*options(**recipe, data=tiny_data), "--run_dir", run, *PLAIN)[0] == 0
+    sums = [float(t.load_tensors(path)["lm_head"].sum()) for path in t.saved(run, "weights")]
+    assert seen == [None] * 11 + [sums[0]] * 11 + [sums[1]] * 11 + [sums[0]] * 4 + [sums[1]] * 4 + [sums[2]] * 3
+    seen.clear()
+    (run / "record.json").unlink()
+    t.saved(run, "weights")[-1].unlink()
+    c, meta, _ = t.read_run(run)
+    path = t.saved(run, "state")[-1]
+    progress = t.load_tensors(path)["progress"] | {"model": 3, "step": 6, "log_bytes": (run / "log.txt").stat().st_size}
+    path.unlink()
+    p = t.init_params(c, meta["vocab_size"])
+    m = t.Machine(torch.device("cpu"), torch.float32)
+    t.save_tensors(run, "state", 3 * 10 ** 7 + 6, {"params": p, "optimizer": t.MuonAdamW(p, c, m).state_dict(), "ema": {}, "progress": progress, "source": t.SOURCE_SHA256})
+    assert cli("--resume", run, *PLAIN)[0] == 0
+    assert seen == [sums[1]] * 2 + [sums[2]] * 3
+
+
 def test_a_student_can_come_later(tiny_data, chain, cli, tmp_path):
     """Members first, their student by a later command: the same as both at once, and no member after it."""
     run = finish(tiny_data, tmp_path / "run", CHAIN | {"student": ""})
@@ -617,7 +645,8 @@ BAD_OPTIONS = [
     (["--student", "distill_alpha=0.5,softcap=30"], "softcap"), (["--train_tokens", "2", "--bag_size", "2", "--bag_until", "0.5"], "--train_tokens"),
     (["--student", "distill_alpha=0.5,n_layer=x"], "cannot be read"), (["--bag_until", "1"], "--bag_until"), (["--ema", "1"], "--ema"),
     (["--distill_temp", "0"], "--distill_temp"),
-    (["--members", "3", "--chains", "2"], "--chains"),
+    (["--members", "3", "--chains", "2"], "--chains"), (["--adam_beta1", "1"], "--adam_beta1"), (["--tokens", "x.bin"], "--score"), (["--nll", "x.npy"], "--score"),
+    (["--prompt", "x"], "--sample"), (["--length", "5"], "--sample"),
 ]
 
 
