@@ -10,7 +10,7 @@ Tokenrun: how low can validation loss go on a fixed budget of training tokens?
 
 A run leaves a folder: log.txt (this source, the environment, every step, the result), record.json, val_nll.npy and the
 weights. Sections in order: config, machine, data, model, objective, optimizer, schedules, checkpoint, scoring, training,
-dry run, main. Fork it, change anything; the only promise to keep is the command line of --score.
+dry run, main. Fork it, change anything but the command line: a referee runs --score.
 """
 import time
 

@@ -301,7 +301,7 @@ class Audit:
         self.fair("noise, alone", self.score(self.noise(int(self.rng.integers(min(3000, n // 8) // 2, n // 8 + 1))))[None, 1:])
 
     def likely_tokens(self):
-        """Text in which every seventh token or so is drawn anew, from a q that is known: the token that stood there (0.2), one that elsewhere follows
+        """Text in which every eighth token or so is drawn anew, from a q that is known: the token that stood there (0.2), one that elsewhere follows
         the same two (0.3) or the same one (0.3), any (0.2). Whatever came before, E[p / q] = 1 for a normalized scorer. Who raises the probability
         of what is likely anyway, which noise seldom hits, gains here."""
         text, n, share = self.text.astype(np.int64), len(self.text), (0.2, 0.3, 0.3, 0.2)
