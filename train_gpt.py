@@ -143,7 +143,7 @@ POCKET = dict(recall="1,2,3,4,5,6,8,12,16,24,32", memory="3,4,5,6,8,12,16,24", m
 PRESETS = {  # the FineWeb tracks': shapes and recipes of the published Slowrun records of 2026-07, in this script's terms
     "pocket": POCKET | dict(n_embd=128, mlp_hidden=352, muon_lr=0.03, weight_decay=0.4, epochs=1.9, members=2,
                             bag_size=2, bag_until=0.15, loop_first=1, loop_last=2, loop_times=1, loop_from=0.7),
-    "pocket_unlimited": POCKET | dict(weight_decay=0.25, epochs=6.0, members=3),
+    "pocket_unlimited": POCKET | dict(weight_decay=0.25, epochs=6.0, members=3, ema=0.99, score_stride=256),
     "mini": dict(data="mini", train_tokens=10_000_000, n_layer=12, n_embd=768, n_head=6, mlp_hidden=2112, seq_len=1024,
                  window_short=512, batch_tokens=65_536, device_tokens=65_536, loss_chunk=8192, dropout=0.1, weight_decay=0.8,
                  epochs=10, probe_tokens=262_144, save_every=500, mtp_weight=0.3, iha=True, ema=0.995),

@@ -69,6 +69,19 @@ def test_kinds_of_memory():
     assert sum(size for kind, size in eager.items() if kind != "peak") <= eager["peak"] <= 1.2 * sum(size for kind, size in eager.items() if kind != "peak")
 
 
+def test_a_student_costs_the_same_with_any_number_of_teachers():
+    """Memory and FLOPs: one teacher is there at a time."""
+    c = t.make_config(TINY | dict(distill_alpha=0.5))
+    m = t.Machine(torch.device("cpu"), torch.float32, block=t.block, objective_chunk=t.objective_chunk)
+    schedule = types.SimpleNamespace(phases=[t.phase_schedule(1.0, c)] * 3)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        none, one, many = (t.step_memory(c, [c] * n, schedule.phases[0], 257, m) for n in (0, 1, 30))
+    weights = 4 * sum(w.numel() for w in t.init_params(c, 257).values())
+    assert one == many and one["weights"] == none["weights"] + weights
+    flops = [t.train_flops(c, schedule, 257, [c] * n) for n in (0, 1, 30)]
+    assert flops[1] == flops[2] == pytest.approx(flops[0] * 4 / 3)
+
+
 def dry_run(*argv):
     done = subprocess.run([sys.executable, "train_gpt.py", *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout, done.stderr
