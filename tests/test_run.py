@@ -256,6 +256,16 @@ def test_changed_script_is_not_resumed(tiny_data, tmp_path):
     assert done.returncode == 2 and "has changed since this run began" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_more_ranks_go_on_where_one_stopped(tiny_data, finished_run, tmp_path):
+    """A checkpoint of one rank, continued by two: the same model up to rounding."""
+    run = tmp_path / "run"
+    stop_after(tiny_data, run, 10)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train_gpt.py", "--resume", str(run), *PLAIN],
+                   cwd=ROOT, check=True, timeout=120)
+    a, b = (json.loads((r / "record.json").read_text())["val_loss"] for r in (run, finished_run))
+    assert a == pytest.approx(b, abs=1e-4)
+
+
 def test_eight_ranks_stop_and_fewer_go_on(tiny_data, finished_run, tmp_path):
     """The checkpoint of eight ranks is continued by four, and theirs by one: the same model up to rounding."""
     run = tmp_path / "run"
