@@ -98,7 +98,7 @@ class Config:
     chains: int = 1                # the members form so many chains of equal length ...
     distill_alpha: float = 0.0     # ... in which, from the second member on, this share of the loss is KL to the member before (chain distillation)
     distill_temp: float = 1.0      # ... between distributions at this temperature
-    student: str = ""              # after the members one model, with these changes to the recipe, learns from each of them in turn and alone is scored
+    student: str = ""              # then one model, with these changes to the recipe, learns from each in turn, from the last one's weights on if they fit, and alone is scored
     bag_size: int = 1              # token superposition (2605.06546): bags of so many tokens in, the next bag's tokens out ...
     bag_until: float = 0.0         # ... for this first fraction of training, then single tokens
     mtp_weight: float = 0.0        # of an auxiliary loss on the token after the next (2404.19737); its projection is not used in scoring
@@ -167,8 +167,7 @@ def check_config(c):
             require(value < 1 or f.name in not_fractions or value == 1 and f.name not in below_one,
                     f"--{f.name} {value:g}: is a fraction, choose one from 0 to {'below ' if f.name in below_one else ''}1")
     head_dim, rows = c.n_embd / c.n_head, c.batch_tokens / c.seq_len
-    require(head_dim % 4 == 0,
-            f"--n_embd {c.n_embd} --n_head {c.n_head}: heads of {head_dim:g} channels; half-rotated RoPE needs a multiple of 4")
+    require(head_dim % 4 == 0, f"--n_embd {c.n_embd} --n_head {c.n_head}: heads of {head_dim:g} channels; half-rotated RoPE needs a multiple of 4")
     require(rows % 1 == 0, f"--batch_tokens {c.batch_tokens}: must be a multiple of --seq_len {c.seq_len}")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     require(rows % ranks == 0, f"--batch_tokens {c.batch_tokens}: its {rows:g} sequences cannot be divided among {ranks} ranks")
@@ -202,7 +201,8 @@ def models(c):
     fixed = {"track", "data", "train_tokens", "seed", "members", "chains", "student", "recall", "memory", "softcap"}
     unfit = [name for name in changes if name not in Config.__dataclass_fields__ or name in fixed]
     require(not unfit, f"--student {c.student}: write name=value pairs with commas between, of recipe options; {(unfit or [''])[0]!r} is none")
-    return [*members, dataclasses.replace(members[0], seed=c.seed + 1000 * c.members, **typed(changes))]
+    changes = {"bag_until": 0.0} | typed(changes)  # of a teacher there is nothing to learn about bags
+    return [*members, dataclasses.replace(members[0], seed=c.seed + 1000 * c.members, **changes)]
 
 def lessons(c):
     """(Config, those of its teachers) of each model that a run trains, in order."""
@@ -816,9 +816,7 @@ class MuonAdamW:
 def lr_schedule(done, c):
     """Warmup, hold, warmdown: the multiple of every learning rate. `done` is taken at the middle of a step, so that
     neither the first nor the last step is wasted on a rate of zero."""
-    if done < c.warmup:
-        return done / c.warmup
-    return min(1.0, (1 - done) / max(c.warmdown, 1e-9))
+    return done / c.warmup if done < c.warmup else min(1.0, (1 - done) / max(c.warmdown, 1e-9))
 
 def momentum_schedule(done, c):
     return c.momentum_start + (c.muon_momentum - c.momentum_start) * min(1.0, done / max(c.momentum_warmup, 1e-9))
@@ -893,13 +891,11 @@ def save_state(run, p, optimizer, ema, progress, log, m):
 def load_state(run):
     """The newest undamaged checkpoint of a run, or that of a run not begun."""
     for path in reversed(saved(run, "state")):
-        state = load_tensors(path)
-        if state is None:
-            print(f"{path}: damaged, going back to the checkpoint before it", file=sys.stderr)
-            continue
-        require(state["source"] == SOURCE_SHA256,
-                f"--resume {run}: {SCRIPT} has changed since this run began; restore the source that its log.txt holds")
-        return state
+        if state := load_tensors(path):
+            require(state["source"] == SOURCE_SHA256,
+                    f"--resume {run}: {SCRIPT} has changed since this run began; restore the source that its log.txt holds")
+            return state
+        print(f"{path}: damaged, going back to the checkpoint before it", file=sys.stderr)
     return {"params": {}, "progress": {"model": 0, "step": 0, "seconds": 0.0, "compile_seconds": 0.0, "log_bytes": 0}}
 
 def read_run(run):
@@ -920,8 +916,7 @@ def load_run(run, args):
     """(Config, machine, meta, Recall) of a run folder that is to be scored."""
     c, meta, _ = read_run(run)
     args.compile = "off"  # scoring comes in all shapes
-    path = data_folder(c) / "train.bin"
-    tokens = read_shard(path, meta["vocab_size"], meta["sha256"]["train.bin"])[:c.train_tokens] if c.memory else ()
+    tokens = read_shard(data_folder(c) / "train.bin", meta["vocab_size"], meta["sha256"]["train.bin"])[:c.train_tokens] if c.memory else ()
     return c, setup_machine(c, args), meta, Recall(tokens, meta["bos_id"], c)
 
 # ---- scoring ----------------------------------------------------------------------------------------------------------
@@ -1167,6 +1162,10 @@ def train_model(k, c, run, m, meta, schedule, teachers, state, progress, log, pr
     steps from each in turn: that costs what one costs, and in the mean its gradient is that of their mean probability. Returns its final weights."""
     bos_id, total = meta["bos_id"], schedule.total
     begin = state or {"params": init_params(c, meta["vocab_size"])}
+    last = load_weights(run, *teachers[-1], meta, m) if k == c.members and not state else {}
+    if all(name in last and last[name].shape == w.shape for name, w in begin["params"].items()):  # a student in the shape of its teachers
+        begin["params"] = {name: last[name] for name in begin["params"]}
+        log(f"model {k + 1} goes on from the weights of model {k}")
     p = {name: w.to(m.device).requires_grad_() for name, w in begin["params"].items()}
     ema = {name: w.detach().to(m.device, copy=True) for name, w in begin.get("ema", p).items()} if c.ema else {}
     optimizer = MuonAdamW(p, c, m)

@@ -462,7 +462,7 @@ def test_the_student_alone_is_scored(chain):
     assert (student.n_embd, student.distill_alpha, student.dropout, student.seed) == (16, 0.9, 0.1, 3000)
     assert record["members"] == 4 and record["scored"] == 1 and record["parameters"] == sum(np.prod(s) for s in t.param_shapes(student, 257).values())
     bags = [line.split("epoch ")[1].split()[0] for line in (chain / "log.txt").read_text().splitlines() if line.startswith("member 1 step ")]
-    assert record["tokens_seen"] == 4 * 512 * (39 + 12)  # 12 of the 39 steps see bags of two
+    assert record["tokens_seen"] == 512 * (3 * (39 + 12) + 39)  # 12 of a member's 39 steps see bags of two, and none of the student's
     assert float(bags[-1]) == pytest.approx(512 * 51 / 20_000, rel=0.02)
 
 
@@ -492,6 +492,20 @@ def test_a_student_learns_from_each_in_turn(tiny_data, cli, tmp_path, monkeypatc
     t.save_tensors(run, "state", 3 * 10 ** 7 + 6, {"params": p, "optimizer": t.MuonAdamW(p, c, m).state_dict(), "ema": {}, "progress": progress, "source": t.SOURCE_SHA256})
     assert cli("--resume", run, *PLAIN)[0] == 0
     assert seen == [sums[1]] * 2 + [sums[2]] * 3
+
+
+@pytest.mark.parametrize("change, warm", [("muon_lr=0", True), ("muon_lr=0,mtp_weight=0", True), ("muon_lr=0,n_layer=1", False), ("muon_lr=0,n_embd=16", False)])
+def test_a_student_of_its_teachers_shape_goes_on_from_the_last_one(tiny_data, cli, tmp_path, change, warm):
+    """With a rate of zero it ends where it began: at the last member's weights; another shape begins anew, as its seed says."""
+    run, recipe = tmp_path / "run", TINY | dict(members=2, epochs=0.1, mtp_weight=0.3, weight_decay=0, ema=0,
+                                                student=f"distill_alpha=0.5,{change},embed_lr=0,head_lr=0,scalar_lr=0")
+    assert cli(*options(**recipe, data=tiny_data), "--run_dir", run, *PLAIN)[0] == 0
+    c, meta, _ = t.read_run(run)
+    _, last, student = (t.load_tensors(path) for path in t.saved(run, "weights"))
+    begun = last if warm else t.init_params(t.models(c)[-1], meta["vocab_size"])
+    assert student.keys() == t.param_shapes(t.models(c)[-1], meta["vocab_size"]).keys()
+    assert all(torch.equal(w, begun[name]) for name, w in student.items())
+    assert ("model 3 goes on from the weights of model 2" in (run / "log.txt").read_text()) == warm
 
 
 def test_a_student_can_come_later(tiny_data, chain, cli, tmp_path):
