@@ -201,7 +201,7 @@ def models(c):
     fixed = {"track", "data", "train_tokens", "seed", "members", "chains", "student", "recall", "memory", "softcap"}
     unfit = [name for name in changes if name not in Config.__dataclass_fields__ or name in fixed]
     require(not unfit, f"--student {c.student}: write name=value pairs with commas between, of recipe options; {(unfit or [''])[0]!r} is none")
-    changes = {"bag_until": 0.0} | typed(changes)  # of a teacher there is nothing to learn about bags
+    changes = {"bag_until": 0.0, "loop_from": 0.0} | typed(changes)  # it begins where they ended: past the bags, in all loops
     return [*members, dataclasses.replace(members[0], seed=c.seed + 1000 * c.members, **changes)]
 
 def lessons(c):

@@ -460,6 +460,7 @@ def test_the_student_alone_is_scored(chain):
     record = json.loads((chain / "record.json").read_text())
     student = t.models(t.make_config({name: CHAIN[name] for name in CHAIN}))[-1]
     assert (student.n_embd, student.distill_alpha, student.dropout, student.seed) == (16, 0.9, 0.1, 3000)
+    assert (student.bag_until, student.loop_from) == (0, 0)  # from the first step on it is what its teachers became
     assert record["members"] == 4 and record["scored"] == 1 and record["parameters"] == sum(np.prod(s) for s in t.param_shapes(student, 257).values())
     bags = [line.split("epoch ")[1].split()[0] for line in (chain / "log.txt").read_text().splitlines() if line.startswith("member 1 step ")]
     assert record["tokens_seen"] == 512 * (3 * (39 + 12) + 39)  # 12 of a member's 39 steps see bags of two, and none of the student's
