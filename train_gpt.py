@@ -177,6 +177,7 @@ def check_config(c):
     require(c.window_pattern and not set(c.window_pattern) - set("SL"), f"--window_pattern {c.window_pattern!r}: write it in S and L")
     for name in ("softcap", "epochs", "distill_temp"):
         require(getattr(c, name) > 0, f"--{name} {getattr(c, name):g}: must be above 0")
+    require(c.softcap <= 50 * min(1, c.distill_temp), f"--softcap {c.softcap:g} --distill_temp {c.distill_temp:g}: exponents beyond 50; lower the first or raise the second")
     require(c.warmup + c.warmdown <= 1, f"--warmup {c.warmup:g} --warmdown {c.warmdown:g}: together more than all of training")
     require(c.members % c.chains == 0, f"--members {c.members} --chains {c.chains}: chains are of equal length; choose a multiple")
     require(c.loop_times == 0 or c.loop_first <= c.loop_last < c.n_layer,
@@ -649,54 +650,52 @@ def head_logits(h, w, softcap):
     """Float32 logits [n, V] of hidden states [n, D] under the head [V, D]."""
     return F.linear(h, w).float().div_(softcap).tanh_().mul_(softcap)
 
-def objective_chunk(h, w, targets, softcap, alpha, temp, teacher):
-    """Cross-entropy of one chunk of tokens, and its gradient with respect to the logits before the softcap. h [n, D], w [V, D],
-    targets [n, K]: each token's K targets count alike; -1 counts nothing. Returns the sum of the losses in nats (float32) and
-    the gradient, [n, V] in h's dtype.
-    teacher: (h [n, D_t], w [V, D_t]) of a model that this one learns from, or (). The loss is then
+def objective_chunk(z, grad, targets, softcap, alpha, temp, z_teacher):
+    """Cross-entropy of one chunk of tokens, and its gradient, in one pass over z [n, V], the logits before the softcap. targets [n, K]: each token's K
+    targets count alike; -1 counts nothing. Returns the sum of the losses in nats, pull [n, K] and total [n, 1], and overwrites grad [n, V]: the
+    gradient of z is (grad + pull at the targets) / total. The softcap bounds the exponents, so no maximum comes off first; and total, known only
+    after the pass, divides rows of the small factors when grad is multiplied.
+    z_teacher [n, V]: logits of a model that this one learns from, or None. With it the loss is
     (1 - alpha) * CE + alpha * temp**2 * KL(teacher || model), both at temperature temp (arXiv 1503.02531)."""
-    logits = head_logits(h, w, softcap)  # what follows works in place: fresh memory of this size costs more than the arithmetic
-    counted, index = targets >= 0, targets.clamp_min(0)
-    lse = logits.logsumexp(-1, keepdim=True)
-    loss = ((lse - logits.gather(1, index)) * counted).sum()
-    slope = logits.square().mul_(-1 / softcap ** 2).add_(1)  # of the softcap
-    if teacher:
-        log_p, log_q = (head_logits(*teacher, softcap) / temp).log_softmax(-1), (logits / temp).log_softmax(-1)
-        taught = counted[:, :1]
-        loss = (1 - alpha) * loss + alpha * temp ** 2 * (((log_p - log_q) * log_p.exp()).sum(-1, keepdim=True) * taught).sum()
-        pull = alpha * temp * taught * (log_q.exp() - log_p.exp())
-    grad = logits.sub_(lse).exp_().mul_(counted.sum(1, keepdim=True)).scatter_add_(1, index, -counted.float())
-    if teacher:
-        grad = grad.mul_(1 - alpha).add_(pull)
-    return loss, grad.mul_(slope).to(h.dtype)
+    def capped(z):
+        s = torch.sigmoid(z.float() * (2 / softcap))  # tanh(u) is 2 s - 1, and its slope 4 s (1 - s): cheaper than tanh itself
+        return softcap * (2 * s - 1), 4 * s * (1 - s)
+    counted, weight = targets >= 0, 1.0 if z_teacher is None else 1 - alpha
+    (logits, slope), (target_logits, target_slope) = capped(z), capped(z.gather(1, targets.clamp_min(0)))
+    p = logits.exp()
+    total = p.sum(-1, keepdim=True)
+    loss = weight * ((total.log() - target_logits) * counted).sum()
+    g = p * slope * (weight * counted.sum(1, keepdim=True))
+    if z_teacher is not None:
+        taught, logits_t = counted[:, :1], capped(z_teacher)[0]
+        p_t, q = (logits_t / temp).exp(), (logits / temp).exp()
+        total_t, total_q = p_t.sum(-1, keepdim=True), q.sum(-1, keepdim=True)
+        kl = (p_t * (logits_t - logits)).sum(-1, keepdim=True) / (temp * total_t) + (total_q / total_t).log()
+        loss = loss + alpha * temp ** 2 * (kl * taught).sum()
+        g = g + slope * (q / total_q - p_t / total_t) * (alpha * temp * taught * total)
+    grad.copy_(g)
+    return loss, -weight * target_slope * counted * total, total
 
-class ChunkedObjective(torch.autograd.Function):
-    """The logits of a chunk and their gradient are made in the forward pass and dropped; what stays is the gradient of h and
-    of w. Three matrix products, as many as the plain way needs, and never more than [chunk, V] in memory."""
-    @staticmethod
-    def forward(ctx, h, w, targets, c, scale, objective_chunk, teacher):
-        grad_h, grad_w = torch.empty_like(h), torch.zeros(w.shape, dtype=torch.float32, device=w.device)
-        cast = w.to(h.dtype)
-        loss = torch.zeros((), device=h.device)
-        for i in range(0, len(h), c.loss_chunk):
-            part = h[i:i + c.loss_chunk]
-            shown = (teacher[0][i:i + c.loss_chunk], teacher[1]) if teacher else ()
-            part_loss, grad = objective_chunk(part, cast, targets[i:i + c.loss_chunk], c.softcap, c.distill_alpha, c.distill_temp, shown)
-            loss += part_loss
-            torch.mm(grad, cast, out=grad_h[i:i + c.loss_chunk])
-            grad_w += grad.T @ part
-        ctx.save_for_backward(grad_h.mul_(scale), grad_w.mul_(scale))
-        return loss * scale
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_h, grad_w = ctx.saved_tensors
-        return grad_h * grad, grad_w * grad, None, None, None, None, None
-
+@torch.no_grad()
 def objective(h, w, targets, c, m, scale, teacher=()):
-    """The training loss: scale * sum over tokens and their targets of -log p(target), a scalar with gradients. h [N, D] from
-    forward(), w [V, D] the head in float32, targets [N, K] (K targets of each token, -1: none); teacher as in objective_chunk()."""
-    return ChunkedObjective.apply(h, w, targets, c, scale, m.objective_chunk, teacher)
+    """The training loss, scale * sum over tokens and their targets of -log p(target), its gradient of h [N, D] from forward(), and that of w [V, D], the
+    head in float32; both in h's dtype. targets [N, K]: K of each token, -1: none. teacher: (h [N, D_t], w [V, D_t]).
+    Three matrix products, as many as the plain way needs, in buffers of [loss_chunk, V] that all chunks share: never all logits at once."""
+    loss, grad_h, grad_w, cast = torch.zeros((), device=h.device), torch.empty_like(h), torch.zeros_like(w, dtype=h.dtype), w.to(h.dtype)
+    row = -(-len(w) // 64) * 64  # rows of 50,257 logits would not begin at multiples of 16 bytes, as a GPU's matrix products need to be fast
+    buffers = h.new_empty(3 if teacher else 2, min(c.loss_chunk, len(h)), row)[..., :len(w)]
+    for i in range(0, len(h), c.loss_chunk):
+        part, target = h[i:i + c.loss_chunk], targets[i:i + c.loss_chunk]
+        z, grad, *shown = buffers[:, :len(part)]
+        torch.mm(part, cast.T, out=z)
+        if teacher:
+            torch.mm(teacher[0][i:i + c.loss_chunk], teacher[1].T, out=shown[0])
+        part_loss, pull, total = m.objective_chunk(z, grad, target, c.softcap, c.distill_alpha, c.distill_temp, *(shown or [None]))
+        grad.index_put_((torch.arange(len(part), device=h.device)[:, None], target.clamp_min(0)), pull.to(h.dtype), accumulate=True)  # a bag may repeat one
+        loss += scale * part_loss
+        torch.mm(grad, cast, out=grad_h[i:i + c.loss_chunk]).mul_(scale / total)
+        torch.addmm(grad_w, grad.T, (part * (scale / total)).to(h.dtype), out=grad_w)
+    return loss, grad_h, grad_w
 
 def token_nll(h, w, targets, c):
     """-log p(target) of every token in nats, float32 [N]: the scoring side of objective(). h [N, D], targets [N]."""
@@ -1054,13 +1053,14 @@ def train_pass(p, x, y, n_targets, c, m, bos_id, phase, seed, teacher=None):
         t, p_t = teacher
         with torch.no_grad():
             shown = forward(p_t, x, t, m, bos_id, phase_schedule(1.0, t), compiled=True).flatten(0, 1), p_t["lm_head"].to(m.dtype)
-    h = forward(p, x, c, m, bos_id, phase, training=True, compiled=True)
-    loss = objective(h.flatten(0, 1), p["lm_head"], y.flatten(0, 1), c, m, 1 / n_targets, shown)
+    h, head = forward(p, x, c, m, bos_id, phase, training=True, compiled=True).flatten(0, 1), p["lm_head"]
+    roots, (loss, *grads) = [h, head], objective(h, head, y.flatten(0, 1), c, m, 1 / n_targets, shown)
     if "mtp" in p:
-        later = F.pad(y[:, 1:], (0, 0, 0, 1), value=-1)
-        loss = loss + objective(norm(F.linear(h, p["mtp"][0].to(h.dtype))).flatten(0, 1), p["lm_head"], later.flatten(0, 1), c, m, c.mtp_weight / n_targets)
-    loss.backward()
-    return loss.detach()
+        later, h_later = F.pad(y[:, 1:], (0, 0, 0, 1), value=-1), norm(F.linear(h, p["mtp"][0].to(h.dtype)))
+        loss_later, *grads_later = objective(h_later, head, later.flatten(0, 1), c, m, c.mtp_weight / n_targets)
+        loss, roots, grads = loss + loss_later, [*roots, h_later, head], [*grads, *grads_later]
+    torch.autograd.backward(roots, grads)
+    return loss
 
 class Schedule:
     """What a model trains on, step by step: bags first, if it has any, then single tokens. All a function of the step."""
@@ -1161,12 +1161,12 @@ def train_model(k, c, run, m, meta, schedule, teachers, state, progress, log, pr
     """Train one model of a run, from the state of a checkpoint or from the start. teachers: (number, Config) of the models that it learns from, TURN
     steps from each in turn: that costs what one costs, and in the mean its gradient is that of their mean probability. Returns its final weights."""
     bos_id, total = meta["bos_id"], schedule.total
-    begin = state or {"params": init_params(c, meta["vocab_size"])}
-    last = load_weights(run, *teachers[-1], meta, m) if k == c.members and not state else {}
-    if all(name in last and last[name].shape == w.shape for name, w in begin["params"].items()):  # a student in the shape of its teachers
-        begin["params"] = {name: last[name] for name in begin["params"]}
+    shapes = param_shapes(c, meta["vocab_size"])
+    goes_on = not state and k == c.members and shapes.items() <= param_shapes(teachers[-1][1], meta["vocab_size"]).items()
+    begin = state or {"params": load_weights(run, *teachers[-1], meta, m) if goes_on else init_params(c, meta["vocab_size"])}
+    if goes_on:  # a student in the shape of its teachers
         log(f"model {k + 1} goes on from the weights of model {k}")
-    p = {name: w.to(m.device).requires_grad_() for name, w in begin["params"].items()}
+    p = {name: begin["params"][name].to(m.device).requires_grad_() for name in shapes}
     ema = {name: w.detach().to(m.device, copy=True) for name, w in begin.get("ema", p).items()} if c.ema else {}
     optimizer = MuonAdamW(p, c, m)
     if state:
@@ -1351,11 +1351,12 @@ def step_memory(c, teachers, phase, vocab_size, m):
     gpu, ledger, kinds, chunk = m.attention != "sdpa", Ledger(), {}, objective_chunk
 
     def noted_chunk(*args):
-        before, peak = ledger.live, ledger.peak
-        kinds.setdefault("activations", before - kinds["weights"] - kinds["optimizer"] - masks)  # the weights in bf16 among them
-        ledger.peak = before
+        buffers, peak = args[0].untyped_storage().nbytes(), ledger.peak
+        kinds.setdefault("activations", ledger.live - buffers - kinds["weights"] - kinds["optimizer"] - masks)  # the weights in bf16 among them
+        ledger.peak = before = ledger.live
         out = chunk(*args)
-        kinds["logits chunk"], ledger.peak = ledger.peak - before, max(peak, ledger.peak)
+        inside = 0 if m.compiled else ledger.peak - before  # compiled it is one loop over its buffers
+        kinds["logits chunk"], ledger.peak = buffers + inside, max(peak, before + inside)
         return out
     graphs = {}
 

@@ -667,7 +667,7 @@ BAD_OPTIONS = [
     (["--dtype", "fp8"], "--dtype"), (["--track", "nonesuch"], "--track"), (["--train_tokens", "40000"], "--train_tokens"),
     (["--nonesuch", "1"], "--nonesuch"), (["--steps", "0"], "--steps"), (["--attention", "varlen"], "--attention"), (["--seed", "-1"], "--seed"),
     (["--members", "0"], "--members"), (["--student", "depth=3", "--distill_alpha", "0.5"], "--student"), (["--student", "n_layer=2"], "--student"),
-    (["--student", "distill_alpha=0.5,softcap=30"], "softcap"), (["--train_tokens", "2", "--bag_size", "2", "--bag_until", "0.5"], "--train_tokens"),
+    (["--student", "distill_alpha=0.5,softcap=30"], "softcap"), (["--softcap", "60"], "--softcap"), (["--distill_temp", "0.2"], "--distill_temp"), (["--train_tokens", "2", "--bag_size", "2", "--bag_until", "0.5"], "--train_tokens"),
     (["--student", "distill_alpha=0.5,n_layer=x"], "cannot be read"), (["--bag_until", "1"], "--bag_until"), (["--ema", "1"], "--ema"),
     (["--distill_temp", "0"], "--distill_temp"),
     (["--members", "3", "--chains", "2"], "--chains"), (["--adam_beta1", "1"], "--adam_beta1"), (["--tokens", "x.bin"], "--score"), (["--nll", "x.npy"], "--score"),
