@@ -59,6 +59,7 @@ def test_a_claimed_nll_that_is_not_the_scorers_own():
     for seed in range(5):
         assert checks(scorers.other_context, seed, blocks(scorers.other_context(scorers.VAL)), part=20_000)["reproduction"]
         assert not checks(scorers.other_context, seed, honest * 0.98, part=20_000)["reproduction"]
+        assert checks(scorers.remembering, seed, blocks(scorers.remembering(scorers.VAL)), part=20_000)["reproduction"]
 
 
 def test_a_peek_of_two_parts_in_a_hundred():
