@@ -1356,7 +1356,7 @@ def step_memory(c, teachers, phase, vocab_size, m):
         ledger.peak = before = ledger.live
         out = chunk(*args)
         inside = 0 if m.compiled else ledger.peak - before  # compiled it is one loop over its buffers
-        kinds["logits chunk"], ledger.peak = buffers + inside, max(peak, before + inside)
+        kinds["logits chunk"], ledger.peak = max(kinds.get("logits chunk", 0), buffers + inside), max(peak, before + inside)
         return out
     graphs = {}
 
