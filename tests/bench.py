@@ -140,7 +140,7 @@ def objective_cost(c, m, vocab, rounds):
     """The objective with its gradients against nothing but its three matrix products, chunk by chunk as it goes, over rows of a multiple of 64 logits
     and into memory that is there: what no objective of this chunk can beat."""
     h = torch.randn(c.device_tokens, c.n_embd, device=m.device, dtype=m.dtype)
-    w = torch.randn(-(-vocab // 64) * 64, c.n_embd, device=m.device)
+    w = torch.randn(-(-vocab // 64) * 64, c.n_embd, device=m.device) / c.n_embd ** 0.5  # logits of a trained model's size: beyond the softcap are denormals
     targets = torch.randint(vocab, (c.device_tokens, 1), device=m.device)
     head, logits, grad_h, grad_w = w.to(m.dtype), h.new_empty(min(c.loss_chunk, len(h)), len(w)), torch.empty_like(h), torch.empty_like(w, dtype=m.dtype)
 
