@@ -682,8 +682,9 @@ def objective(h, w, targets, c, m, scale, teacher=()):
     head in float32; both in h's dtype. targets [N, K]: K of each token, -1: none. teacher: (h [N, D_t], w [V, D_t]).
     Three matrix products, as many as the plain way needs, in buffers of [loss_chunk, V] that all chunks share: never all logits at once."""
     loss, grad_h, grad_w, cast = torch.zeros((), device=h.device), torch.empty_like(h), torch.zeros_like(w, dtype=h.dtype), w.to(h.dtype)
-    row = -(-len(w) // 64) * 64  # rows of 50,257 logits would not begin at multiples of 16 bytes, as a GPU's matrix products need to be fast
-    buffers = h.new_empty(3 if teacher else 2, min(c.loss_chunk, len(h)), row)[..., :len(w)]
+    # rows of 50,257 logits would not begin at multiples of 16 bytes, as a GPU's matrix products need to be fast: hence multiples of 64
+    buffers = h.new_empty(3 if teacher else 2, min(c.loss_chunk, len(h)), -(-len(w) // 64) * 64)
+    buffers[..., len(w):], buffers = 0, buffers[..., :len(w)]  # a product may read beyond an odd row's end, times zero: no NaN may lie there
     for i in range(0, len(h), c.loss_chunk):
         part, target = h[i:i + c.loss_chunk], targets[i:i + c.loss_chunk]
         z, grad, *shown = buffers[:, :len(part)]
@@ -1162,10 +1163,9 @@ def train_model(k, c, run, m, meta, schedule, teachers, state, progress, log, pr
     steps from each in turn: that costs what one costs, and in the mean its gradient is that of their mean probability. Returns its final weights."""
     bos_id, total = meta["bos_id"], schedule.total
     shapes = param_shapes(c, meta["vocab_size"])
-    goes_on = not state and k == c.members and shapes.items() <= param_shapes(teachers[-1][1], meta["vocab_size"]).items()
-    begin = state or {"params": load_weights(run, *teachers[-1], meta, m) if goes_on else init_params(c, meta["vocab_size"])}
-    if goes_on:  # a student in the shape of its teachers
+    if goes_on := not state and k == c.members and shapes.items() <= param_shapes(teachers[-1][1], meta["vocab_size"]).items():  # in its teachers' shape
         log(f"model {k + 1} goes on from the weights of model {k}")
+    begin = state or {"params": load_weights(run, *teachers[-1], meta, m) if goes_on else init_params(c, meta["vocab_size"])}
     p = {name: begin["params"][name].to(m.device).requires_grad_() for name in shapes}
     ema = {name: w.detach().to(m.device, copy=True) for name, w in begin.get("ema", p).items()} if c.ema else {}
     optimizer = MuonAdamW(p, c, m)
