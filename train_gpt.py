@@ -658,8 +658,8 @@ def objective_chunk(z, grad, targets, softcap, alpha, temp, z_teacher):
     z_teacher [n, V]: logits of a model that this one learns from, or None. With it the loss is
     (1 - alpha) * CE + alpha * temp**2 * KL(teacher || model), both at temperature temp (arXiv 1503.02531)."""
     def capped(z):
-        s = torch.sigmoid(z.float() * (2 / softcap))  # tanh(u) is 2 s - 1, and its slope 4 s (1 - s): cheaper than tanh itself
-        return softcap * (2 * s - 1), 4 * s * (1 - s)
+        s = torch.tanh(z.float() / softcap)  # as 2 sigmoid(2 x) - 1 it is cheaper, but rounds small logits to some 2e-6
+        return softcap * s, 1 - s * s
     counted, weight = targets >= 0, 1.0 if z_teacher is None else 1 - alpha
     (logits, slope), (target_logits, target_slope) = capped(z), capped(z.gather(1, targets.clamp_min(0)))
     p = logits.exp()

@@ -279,7 +279,7 @@ def test_eight_ranks_stop_and_fewer_go_on(tiny_data, finished_run, tmp_path):
         assert f"; {ranks} rank(s)" in (run / "log.txt").read_text() and not (run / "record.json").exists()
     assert resume(run).returncode == 0
     a, b = (json.loads((r / "record.json").read_text())["val_loss"] for r in (run, finished_run))
-    assert a == pytest.approx(b, abs=2e-3)  # eight partial sums round otherwise than one, in bf16; without the optimizer's state it would be 0.04 off
+    assert a == pytest.approx(b, abs=5e-4)  # eight partial sums round otherwise than one; without the optimizer's state it would be 0.04 off
     assert step_lines(run)[-2].startswith("step 39/39")
 
 
