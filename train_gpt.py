@@ -658,8 +658,8 @@ def objective_chunk(z, grad, targets, softcap, alpha, temp, z_teacher):
     z_teacher [n, V]: logits of a model that this one learns from, or None. With it the loss is
     (1 - alpha) * CE + alpha * temp**2 * KL(teacher || model), both at temperature temp (arXiv 1503.02531)."""
     def capped(z):
-        s = torch.tanh(z.float() / softcap)  # as 2 sigmoid(2 x) - 1 it is cheaper, but rounds small logits to some 2e-6
-        return softcap * s, 1 - s * s
+        s = torch.tanh(z.float() / softcap)
+        return softcap * s, (1 - s) * (1 + s)
     counted, weight = targets >= 0, 1.0 if z_teacher is None else 1 - alpha
     (logits, slope), (target_logits, target_slope) = capped(z), capped(z.gather(1, targets.clamp_min(0)))
     p = logits.exp()
@@ -693,9 +693,9 @@ def objective(h, w, targets, c, m, scale, teacher=()):
             torch.mm(teacher[0][i:i + c.loss_chunk], teacher[1].T, out=shown[0])
         part_loss, pull, total = m.objective_chunk(z, grad, target, c.softcap, c.distill_alpha, c.distill_temp, *(shown or [None]))
         grad.index_put_((torch.arange(len(part), device=h.device)[:, None], target.clamp_min(0)), pull.to(h.dtype), accumulate=True)  # a bag may repeat one
-        loss += scale * part_loss
-        torch.mm(grad, cast, out=grad_h[i:i + c.loss_chunk]).mul_(scale / total)
-        torch.addmm(grad_w, grad.T, (part * (scale / total)).to(h.dtype), out=grad_w)
+        loss, size = loss + scale * part_loss, scale / total
+        torch.mm(grad, cast, out=grad_h[i:i + c.loss_chunk]).mul_(size)
+        torch.addmm(grad_w, grad.T, (part * size).to(h.dtype), out=grad_w)
     return loss, grad_h, grad_w
 
 def token_nll(h, w, targets, c):
