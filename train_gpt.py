@@ -367,7 +367,6 @@ def setup_machine(c, args):
         f"{'bf16' if use_bf16 else 'fp32'} (the processor {'has' if has_bf16 else 'lacks'} bf16)"
     )
     choose_attention(m, c, args.attention)
-    set_compiled(m, args.compile)
     return m
 
 
@@ -393,24 +392,33 @@ def choose_attention(m, c, wanted):
     raise UserError(f"--attention {wanted}: {'; '.join(failures)}")
 
 
-def set_compiled(m, wanted, failure=None):
-    """Use the compiled or the plain functions. torch.compile needs Triton on a GPU and a C++ compiler on a
-    CPU. One layer is compiled, not the whole model: all layers share it, and so does every list of layers
-    that is run."""
+COMPILE_FROM_FLOPS = (
+    3e13  # on a CPU, compiling takes a minute or two and saves a tenth of the time of small models
+)
+
+
+def set_compiled(m, wanted, train_flops=math.inf, failure=None):
+    """Use the compiled or the plain functions. torch.compile needs Triton on a GPU, a C++ compiler on a CPU.
+    One layer is compiled, not the whole model: all layers share it, and so does every list of layers."""
     if m.device.type == "cuda":
         name = "Triton"
         found = torch.utils._triton.has_triton()
+        pays = True
     else:
         name = "a C++ compiler"
         found = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+        pays = train_flops >= COMPILE_FROM_FLOPS
     require(found or wanted != "on", f"--compile on: needs {name}; install it, or use --compile auto")
-    m.compiled = found and wanted != "off" and failure is None
+    m.compiled = found and failure is None and (wanted == "on" or (wanted == "auto" and pays))
     reason = failure or f"{name} {'found' if found else 'not found'}, --compile {wanted}"
+    if wanted == "auto" and not pays:
+        reason = f"training is short, {train_flops:.3g} FLOPs; --compile on compiles it all the same"
     m.reasons["compiled"] = f"{'yes' if m.compiled else 'no'} ({reason})"
-    m.block, m.chunk_grad = block, chunk_grad
+    m.block = block
+    m.chunk_grad = chunk_grad
     if m.compiled:
         torch._dynamo.config.recompile_limit = (
-            64  # windows, phases and last micro-batches have shapes of their own
+            64  # windows, phases and last micro-batches have their own shapes
         )
         m.block = torch.compile(block, dynamic=False)
         m.chunk_grad = torch.compile(chunk_grad, dynamic=False)
@@ -1528,7 +1536,6 @@ def evaluation_inputs(inputs, c):
 def load_run(folder, args):
     """(Config, Machine, meta, Lookup) of a run folder that is to be scored."""
     c, meta, _ = read_run(folder)
-    args.compile = "off"
     m = setup_machine(c, args)
     train_tokens = None
     if c.memory:
@@ -1607,9 +1614,7 @@ class Log:
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                message = (
-                    f"--resume {folder}: another process is at work on this run; wait for it, or stop it"
-                )
+                message = f"--resume {folder}: another process is at work on it; wait for it, or stop it"
                 raise UserError(message) from None
 
     def __call__(self, line, show=True, pause=0.0):
@@ -1708,19 +1713,18 @@ def distinct_models(models):
 def compile_all(models, m):
     """Compile every phase of training on made-up tokens; where that fails, train uncompiled. Returns the
     seconds."""
-    all_reduce(
-        m, torch.zeros(1, device=m.device)
-    ).item()  # waiting for a rank that is late is not compilation ...
+    # Waiting for a rank that is late is not compilation, but waiting for the slowest compiler is.
+    all_reduce(m, torch.zeros(1, device=m.device)).item()
     began = time.monotonic()
     if m.compiled and models:
         if m.is_main:
-            print("compiling, for half a minute or so ...", flush=True)
+            print("compiling, which takes a minute or two the first time ...", flush=True)
         try:
             for model in distinct_models(models):
                 compile_model(model, m)
         except RuntimeError as e:  # as which torch._dynamo passes on whatever the compiler ran into
-            set_compiled(m, "auto", f"the compiler failed, {first_line(e)}")
-    all_reduce(m, torch.zeros(1, device=m.device)).item()  # ... but waiting for the slowest compiler is
+            set_compiled(m, "auto", failure=f"the compiler failed, {first_line(e)}")
+    all_reduce(m, torch.zeros(1, device=m.device)).item()
     return time.monotonic() - began
 
 
@@ -1823,13 +1827,36 @@ def first_weights(run, model, state):
     return init_params(model.c)
 
 
+def load_teacher(run, model, step):
+    """(Config, weights) of the model to learn from. A student takes turns with its teachers: that costs what
+    one teacher costs, and in the mean its gradient is that of their mean probability."""
+    turn = step // model.c.teacher_switch_every
+    teacher = model.teachers[turn % len(model.teachers)]
+    return teacher.c, load_weights(run.folder, teacher.number, teacher.c, run.m)
+
+
+def train_step(p, optimizer, model, step, m, teacher):
+    """One optimizer step. Returns this rank's part of the logged losses, tensors by name."""
+    c = model.c
+    done = (step + 0.5) / model.batches.steps
+    x, y, n_targets = model.batches.batch(step)
+    rows = c.device_tokens // c.seq_len
+    losses = {}
+    for i, (x_part, y_part) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
+        seed = (c.seed, step, m.rank, i)
+        phase = model.batches.phases[step]
+        part = train_pass(p, x_part, y_part, n_targets, c, m, phase, seed, teacher)
+        losses = {name: losses.get(name, 0.0) + value for name, value in part.items()}
+    optimizer.step(step, lr_schedule(done, c), wd_schedule(done, c), momentum_schedule(done, c))
+    return losses
+
+
 def train_model(run, model, state):
     """Train one model of a run, from a checkpoint's state or from the start. Returns its final weights."""
     c = model.c
     m = run.m
-    batches = model.batches
-    progress = run.progress
-    n_steps = batches.steps
+    n_steps = model.batches.steps
+    first_step = run.progress["step"]
     p = {name: w.to(m.device).requires_grad_() for name, w in first_weights(run, model, state).items()}
     ema = None
     if c.ema:
@@ -1838,64 +1865,49 @@ def train_model(run, model, state):
     if state["params"]:
         optimizer.load_state_dict(state["optimizer"])
     eval_after = {round(n_steps * (i + 1) / c.evals) for i in range(c.evals - 1)}
-    first_step = progress["step"]
     flops_left = sum(model.step_flops(step) for step in range(first_step, n_steps))
-    flops_left += sum(other.train_flops for other in run.plan[model.number + 1 :])
+    flops_left += sum(later.train_flops for later in run.plan[model.number + 1 :])
     flops_done = 0
     began = time.monotonic()
     teacher = None
     for step in range(first_step, n_steps):
-        done = (step + 0.5) / n_steps
-        phase = batches.phases[step]
-        lr = lr_schedule(done, c)
-        if model.teachers and (
-            teacher is None or step % c.teacher_switch_every == 0 and len(model.teachers) > 1
-        ):
+        turn_ends = step % c.teacher_switch_every == 0 and len(model.teachers) > 1
+        if model.teachers and (step == first_step or turn_ends):
             teacher = None  # its memory is free before the next one comes
-            chosen = model.teachers[step // c.teacher_switch_every % len(model.teachers)]
-            teacher = chosen.c, load_weights(run.folder, chosen.number, chosen.c, m)
-        x, y, n_targets = batches.batch(step)
-        rows = c.device_tokens // c.seq_len
-        losses = {}
-        for i, (x_part, y_part) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
-            seed = (c.seed, step, m.rank, i)
-            part = train_pass(p, x_part, y_part, n_targets, c, m, phase, seed, teacher)
-            losses = {name: losses.get(name, 0.0) + value for name, value in part.items()}
-        optimizer.step(step, lr, wd_schedule(done, c), momentum_schedule(done, c))
+            teacher = load_teacher(run, model, step)
+        losses = train_step(p, optimizer, model, step, m, teacher)
         if ema:
             decay = min(c.ema, (step + 1) / (step + 10))  # a young average forgets its first steps
             for name, w in ema.items():
                 w.lerp_(p[name].detach(), 1 - decay)
+
+        # What follows is decided by sums over the ranks, and so is the same on all of them.
         stop = torch.tensor(float(bool(run.stop_requested)), device=m.device)
         *values, stop = all_reduce(m, torch.stack([*losses.values(), stop])).tolist()
-        progress |= {"step": step + 1, "seconds": run.seconds()}
+        run.progress |= {"step": step + 1, "seconds": run.seconds()}
         saving = (step + 1) % c.save_every == 0 or step + 1 == n_steps or stop
-        # The same on every rank.
-        finite = all(map(math.isfinite, values)) and (
-            not saving or all(w.isfinite().all() for w in p.values())
-        )
         where = f"{model.name}step {step + 1}/{n_steps}"
         terms = " ".join(f"{name} {value:.4f}" for name, value in zip(losses, values, strict=True))
+        finite = all(map(math.isfinite, values))
+        if saving:
+            finite = finite and all(w.isfinite().all() for w in p.values())
         if not finite:
             last = (saved(run.folder, "state") or ["none, this came before the first"])[-1]
-            message = (
-                f"{where}: {terms}: a loss or a weight is no longer finite; last good checkpoint: {last}"
-            )
+            message = f"{where}: {terms}: the loss or a weight is not finite; last good checkpoint: {last}"
             raise UserError(message, status=1)
         flops_done += model.step_flops(step)
         flops_left -= model.step_flops(step)
         seconds = time.monotonic() - began
         left = flops_left * seconds / flops_done  # of the whole run's training, at the speed so far
-        tokens_per_second = (step + 1 - first_step) * c.batch_tokens / seconds
-        run.log(
-            f"{where} epoch {batches.epoch(step + 1):.3f} {terms} lr {lr * c.muon_lr:.5f} "
-            f"tok/s {tokens_per_second:.0f} time {progress['seconds']:.1f}s left {left:.0f}s",
-            pause=0.0 if step + 1 == n_steps else 2.0,
-        )
+        lr = lr_schedule((step + 0.5) / n_steps, c) * c.muon_lr
+        speed = (step + 1 - first_step) * c.batch_tokens / seconds
+        times = f"tok/s {speed:.0f} time {run.progress['seconds']:.1f}s left {left:.0f}s"
+        line = f"{where} epoch {model.batches.epoch(step + 1):.3f} {terms} lr {lr:.5f} {times}"
+        run.log(line, pause=0.0 if step + 1 == n_steps else 2.0)
         if step == first_step + 50:
             ask_referee(run, "--seconds", f"{run.seconds() + left:.0f}")
         if step + 1 in eval_after:
-            nll = stream_nll(ema or p, run.eval_inputs, dataclasses.replace(c, score_stride=0), m)
+            nll = stream_nll(ema or p, run.eval_inputs, c, m)
             run.log(f"{model.name}eval {step + 1}/{n_steps} val_loss {mean_nll(nll):.4f} on {run.eval_name}")
         if saving:
             save_state(run, p, optimizer, ema)
@@ -1963,9 +1975,10 @@ def finish(run, val_tokens):
         f"val_loss {record['val_loss']:.6f} nats per token, {record['val_bpb']:.6f} bits per byte, "
         f"{record['val_tokens']:,} tokens scored"
     )
+    log.sync()
     write_json(run.folder / "record.json", record)
-    ask_referee(run)
     log(f"the run is in {run.folder}")
+    ask_referee(run)
     log.sync()
     # The last state holds no more than the clock. A kill may have left a half-written file.
     for path in [*saved(run.folder, "state")[:-1], *run.folder.glob("*.tmp")]:
@@ -2082,6 +2095,7 @@ def train_command(given, args):
     require(enough, f"--train_tokens {c.train_tokens}: train.bin has only {len(train_tokens)}; lower it")
     lookup = Lookup(train_tokens[: c.train_tokens], c)
     plan = training_plan(c, lookup.training_inputs(), m, options["steps"])
+    set_compiled(m, args.compile, sum(model.train_flops for model in plan))
     eval_inputs = evaluation_inputs(lookup.inputs(val_tokens[None])[0], c)
     if m.is_main:
         folder.mkdir(parents=True, exist_ok=True)
