@@ -67,8 +67,7 @@ SOURCE_END = "\n==== end of source"
 
 
 class UserError(Exception):
-    """The process ends with this one line. Status 2: for the user to mend; 1: the run broke; 130: asked to
-    stop."""
+    """The process ends with this one line. Status 2: the user can fix it; 1: the run broke; 130: stopped."""
 
     def __init__(self, message, status=2):
         super().__init__(message)
@@ -94,7 +93,7 @@ class Config:
 
     track: str = "pocket"
     data: str = "pocket"  # a folder of data/ beside this script, or a path with a slash in it
-    train_tokens: int = 1_000_000  # the budget: no training token beyond the first so many is ever read
+    train_tokens: int = 1_000_000  # the budget: only this many tokens of the training shard are read
     vocab_size: int = 0  # of the data's tokenizer; 0: what the data's meta.json says
     bos_id: int = 0  # the token that begins each document; 0: what the data's meta.json says
     seed: int = 0
@@ -124,11 +123,11 @@ class Config:
     epochs: float = 3.2  # passes over train_tokens (a step of bags counts as one step)
     dropout: float = 0.0  # of what each attention and each MLP adds to the residual stream
     bag_size: int = 1  # token superposition (2605.06546): bags of tokens in, the next bag's tokens out
-    bag_until: float = 0.0  # ... for this first fraction of training
+    bag_until: float = 0.0  # fraction of training at which bags end
     mtp_weight: float = 0.0  # weight of the loss on the token after the next (2404.19737)
     ema: float = 0.0  # final weights are an exponential moving average with this decay per step
-    members: int = 1  # models trained in turn from seeds of their own; their probabilities are averaged
-    chains: int = 1  # the members form so many chains of equal length
+    members: int = 1  # models trained in turn, each with its own seed; their mean probability is scored
+    chains: int = 1  # the members form this many chains of equal length
     distill_alpha: float = 0.0  # in a chain, the share of the loss that is KL to the member before
     distill_temp: float = 1.0  # temperature of both distributions in that KL (1503.02531)
     student: str = ""  # recipe changes for a last model that learns from all members and alone is scored
@@ -140,7 +139,7 @@ class Config:
     muon_lr: float = 0.04  # for matrices
     muon_momentum: float = 0.95
     momentum_start: float = 0.85  # momentum rises from here to muon_momentum
-    momentum_warmup: float = 0.1  # ... over this fraction of training
+    momentum_warmup: float = 0.1  # fraction of training over which it rises
     muon_beta2: float = 0.95  # decay of the per-neuron second moment
     embed_lr: float = 0.03  # AdamW, for embeddings
     head_lr: float = 0.005  # AdamW, for the output head
@@ -152,12 +151,12 @@ class Config:
     warmup: float = 0.01  # fraction of training over which the learning rates rise
     warmdown: float = 0.6  # last fraction of training, over which they fall to zero
     # scoring, evaluation, housekeeping
-    score_stride: int = 0  # scoring windows begin so many tokens apart and may overlap; 0: seq_len
-    evals: int = 8  # training in so many parts, with an evaluation between two of them
-    eval_windows: int = 40  # ... of so many windows of seq_len tokens, spread over the validation stream
+    score_stride: int = 0  # tokens between the starts of scoring windows, which may overlap; 0: seq_len
+    evals: int = 8  # evaluations per model, the final score included
+    eval_windows: int = 40  # windows of seq_len tokens in an evaluation, spread over the validation stream
     save_every: int = 100  # steps between checkpoints
-    cpu_threads: int = 4  # at most
-    dtype: str = "auto"  # bf16, fp32, or auto: bf16 where the hardware multiplies it, else fp32
+    cpu_threads: int = 4  # at most this many on a CPU, over all ranks of a machine
+    dtype: str = "auto"  # bf16, fp32, or auto: bf16 where the hardware has instructions for it
 
 
 LOOK_UP = dict(recall="1,2,3,4,5,6,8,12,16,24,32", memory="3,4,5,6,8,12,16,24")
@@ -220,40 +219,34 @@ def check_config(c):
     for names, low, high in RANGES:
         for name in names.split():
             value = getattr(c, name)
-            require(low <= value <= high, f"--{name} {value}: must be from {low} to {high:g}")
+            in_range = low <= value <= high and value < math.inf
+            require(in_range, f"--{name} {value}: must be from {low} to {high:g}")
 
     def given(*names):
         return " ".join(f"--{name} {getattr(c, name)}" for name in names)
 
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    rows = c.batch_tokens // c.seq_len
     loop_exists = c.loop_times == 0 or c.loop_first <= c.loop_last < c.n_layer
     number = r"(\d+\.?\d*|\.\d+)"
     is_course = re.fullmatch(f"{number}:{number}(,{number}:{number})*", c.wd_points)
     require(c.n_embd % (4 * c.n_head) == 0, f"{given('n_embd', 'n_head')}: heads need 4, 8, 12 ... channels")
     require(c.batch_tokens % c.seq_len == 0, f"{given('batch_tokens', 'seq_len')}: choose a multiple")
-    require(rows % ranks == 0, f"{given('batch_tokens')}: {rows} sequences do not divide among {ranks} ranks")
     require(c.device_tokens >= c.seq_len, f"{given('device_tokens', 'seq_len')}: must hold one sequence")
     require(c.score_stride <= c.seq_len, f"{given('score_stride', 'seq_len')}: would leave tokens out")
     require(c.train_tokens > c.bag_size, f"{given('train_tokens', 'bag_size')}: must be more than one bag")
     require(re.fullmatch("[SL]+", c.window_pattern), f"{given('window_pattern')}: write it in S and L")
     require(c.warmup + c.warmdown <= 1, f"{given('warmup', 'warmdown')}: together more than all of training")
-    require(
-        c.members % c.chains == 0, f"{given('members', 'chains')}: chains of equal length need a multiple"
-    )
+    require(c.members % c.chains == 0, f"{given('members', 'chains')}: choose a multiple")
     require(loop_exists, f"{given('loop_first', 'loop_last')}: not a range of layers 0 to {c.n_layer - 1}")
     require(c.dtype in ("auto", "bf16", "fp32"), f"{given('dtype')}: choose auto, bf16 or fp32")
     for name in ("recall", "memory"):
         well_formed = re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", getattr(c, name))
         require(well_formed, f"{given(name)}: write lengths with commas between, such as 4,8,16")
-    rising = is_course and wd_points(c) == sorted(wd_points(c))
-    require(
-        rising,
-        f"{given('wd_points')}: write fraction:multiple pairs in rising order, such as 0:1,0.5:0.1,1:1.5",
-    )
+    fractions = [fraction for fraction, _ in wd_points(c)] if is_course else [1, 0]
+    rising = fractions == sorted(fractions)
+    require(rising, f"{given('wd_points')}: write rising fraction:multiple pairs, such as 0:1,0.5:0.1,1:1.5")
     if c.student:
         student = model_configs(c)[-1]
-        require(student.distill_alpha > 0, f"{given('student')}: learns nothing; add distill_alpha=0.5")
+        require(student.distill_alpha > 0, f"{given('student')}: it learns nothing; add distill_alpha=0.5")
         check_config(student)
 
 
@@ -293,24 +286,13 @@ def model_configs(c):
     for name in changes:
         require(
             name in Config.__dataclass_fields__ and name not in of_the_run.split(),
-            f"--student {c.student}: write name=value pairs of recipe options; {name!r} is none",
+            f"--student {c.student}: write name=value pairs of recipe options; {name!r} is not one",
         )
     # A student begins where its teachers ended: past the bags, with all loops.
     values = {"bag_until": 0.0, "loop_from": 0.0} | {
         name: parse_value(name, changes[name]) for name in changes
     }
     return [*members, dataclasses.replace(members[0], seed=c.seed + 1000 * c.members, **values)]
-
-
-def teachers_of(k, c):
-    """Numbers of the models that model k of a run learns from: a student from all members, a member of a
-    chain from the one before it."""
-    if k == c.members:
-        return list(range(c.members))
-    first_of_chain = k % (c.members // c.chains) == 0
-    if c.distill_alpha == 0 or first_of_chain:
-        return []
-    return [k - 1]
 
 
 # ---- machine -----------------------------------------------------------------------------------------------
@@ -412,7 +394,7 @@ def set_compiled(m, wanted, train_flops=math.inf, failure=None):
     m.compiled = found and failure is None and (wanted == "on" or (wanted == "auto" and pays))
     reason = failure or f"{name} {'found' if found else 'not found'}, --compile {wanted}"
     if wanted == "auto" and not pays:
-        reason = f"training is short, {train_flops:.3g} FLOPs; --compile on compiles it all the same"
+        reason = f"training is short, {train_flops:.3g} FLOPs; --compile on compiles anyway"
     m.reasons["compiled"] = f"{'yes' if m.compiled else 'no'} ({reason})"
     m.block = block
     m.chunk_grad = chunk_grad
@@ -768,7 +750,7 @@ class Param(NamedTuple):
     """A line of the parameter table. All that the script needs to know of a parameter stands here."""
 
     shape: tuple  # of a single layer's, if per_layer; matrices are [out, in]
-    start: object  # function of (shape, generator): the first values, float32 on the CPU
+    init: object  # function of (shape, generator): the first values, float32 on the CPU
     optimizer: str  # muon: matrices in the last two dimensions; adamw: anything
     lr: str  # the field of Config that holds its learning rate
     decay: bool  # weight decay applies
@@ -856,7 +838,7 @@ def init_params(c):
     """Float32 parameters on the CPU, drawn from c.seed."""
     g = torch.Generator().manual_seed(c.seed)
     shapes = param_shapes(c)
-    return {name: entry.start(shapes[name], g) for name, entry in param_table(c).items()}
+    return {name: entry.init(shapes[name], g) for name, entry in param_table(c).items()}
 
 
 def norm(x):
@@ -1034,15 +1016,13 @@ def forward(p, inputs, c, m, phase, dropout=0.0, run_block=None):
 def flops_per_token(c, phase):
     """FLOPs of a forward pass per position: two per weight that is multiplied, and the attention over the
     average window."""
-    per_layer = once = 0
+    weights = 0
     for entry in param_table(c).values():
-        if entry.multiplied and entry.per_layer:
-            per_layer += 2 * math.prod(entry.shape)
-        elif entry.multiplied:
-            once += 2 * math.prod(entry.shape)
+        if entry.multiplied:
+            weights += math.prod(entry.shape) * (len(phase.layers) if entry.per_layer else 1)
     windows = [min(layer_window(c, i), c.seq_len) for i in phase.layers]
     seen = [w - w * (w - 1) / 2 / c.seq_len for w in windows]  # tokens that the average token attends to
-    return once + sum(per_layer + 4 * n * c.n_embd for n in seen)
+    return 2 * weights + 4 * c.n_embd * sum(seen)
 
 
 # ---- objective ---------------------------------------------------------------------------------------------
@@ -1234,7 +1214,7 @@ class MuonAdamW:
         dropped."""
         summed = {}  # name -> (gradient of this rank's shard, pending communication)
         for name, w in self.p.items():  # every sum is under way before the first update needs one
-            grad = self.rows(name, w.grad)
+            grad = self.rows(name, torch.zeros_like(w) if w.grad is None else w.grad)
             w.grad = None
             pending = None
             if self.m.world_size > 1:
@@ -1362,7 +1342,11 @@ def save_tensors(folder, kind, number, content):
     buffer = io.BytesIO()
     torch.save(content, buffer)
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:16]
-    write_file(folder / f"{kind}-{number:07d}.{digest}.pt", buffer.getbuffer())
+    path = folder / f"{kind}-{number:07d}.{digest}.pt"
+    write_file(path, buffer.getbuffer())
+    for other in folder.glob(f"{kind}-{number:07d}.*.pt"):
+        if other != path:
+            other.unlink()
 
 
 def load_tensors(path):
@@ -1495,21 +1479,20 @@ def scored_models(c):
     return numbered[-1:] if c.student else numbered
 
 
-def mix_nll(total, nll):
-    """-log of the sum of the probabilities of models that were added before, of which `total` is that
-    (None: there are none), and of one more. The mean over n models has log(n) more."""
-    nll = nll.astype(np.float64)
-    return nll if total is None else -np.logaddexp(-total, -nll)
+def add_model(total, nll):
+    """-log of the summed probabilities of the models so far (np.inf: none yet) and of one more. Their mean
+    over n models has log(n) more."""
+    return -np.logaddexp(-total, -nll.astype(np.float64))
 
 
 def run_nll(folder, inputs, c, m, show=None):
     """NLL of every token under the mean probability of a run's models, float64 [n_streams, length]. One
     model is in memory at a time."""
-    total = None
+    total = np.inf
     scored = scored_models(c)
     for n, (number, c_model) in enumerate(scored, start=1):
         nll = stream_nll(load_weights(folder, number, c_model, m), inputs, c_model, m)
-        total = mix_nll(total, nll)
+        total = add_model(total, nll)
         if show and len(scored) > 1:
             together = f"the members so far together: {mean_nll(total + math.log(n)):.6f} nats per token"
             show(f"member {number + 1} alone: {mean_nll(nll):.6f}; {together}")
@@ -1545,8 +1528,12 @@ def load_run(folder, args):
 
 
 def sample_command(args):
+    """--sample RUN --prompt TEXT: the prompt, and what the run's models write after it."""
     c, m, meta, lookup = load_run(args.sample, args)
-    print(sample(args.sample, c, m, meta, lookup, args.prompt or "", args.length or 500))
+    encoding = from_prepare("get_encoding", meta["tokenizer"])
+    prompt = [c.bos_id, *encoding.encode_ordinary(args.prompt or "")]
+    written = sample(args.sample, c, m, lookup, prompt, args.length or 500)
+    print(encoding.decode([i for i in prompt + written if i != c.bos_id]))
 
 
 def score_command(args):
@@ -1579,25 +1566,31 @@ def score_command(args):
 
 
 @torch.no_grad()
-def sample(folder, c, m, meta, lookup, prompt, n_tokens, temperature=0.8):
-    """`prompt` and what the run's models write after it. The context is computed again for each token:
-    slow, simple."""
-    encoding = from_prepare("get_encoding", meta["tokenizer"])
+def sample(folder, c, m, lookup, prompt, n_tokens, temperature=0.8, top_p=0.95):
+    """Token ids that the run's models write after the ids `prompt`, which begin with a BOS. The most likely
+    tokens that together have a share of top_p are drawn from. The context is computed again for each: slow,
+    but simple.
+
+    What c.recall would find is hidden from the model. Once it repeats itself, every length of n-gram agrees
+    on how to go on, which in real text is right nearly always: it would never leave the loop."""
     scored = [(c_model, load_weights(folder, number, c_model, m)) for number, c_model in scored_models(c)]
     g = torch.Generator().manual_seed(c.seed)
-    ids = [c.bos_id, *encoding.encode_ordinary(prompt)]
+    ids = list(prompt)
     for _ in range(n_tokens):
-        mean = 0
         inputs = lookup.inputs(np.array([ids], dtype=np.uint16))
+        inputs[..., 1 : 1 + len(lengths(c.recall))] = NO_TOKEN
+        mean = 0
         for c_model, p in scored:
             x = torch.from_numpy(inputs[:, -c_model.seq_len :].astype(np.int64)).to(m.device)
             h = forward(p, x, c_model, m, phase_schedule(1.0, c_model))
             logits = softcapped(F.linear(h[0, -1], p["lm_head"].to(h.dtype)), c_model)
             mean = mean + logits.softmax(-1).cpu() / len(scored)
-        ids.append(int(torch.multinomial((mean.log() / temperature).softmax(-1), 1, generator=g)))
+        probs, order = (mean.log() / temperature).softmax(-1).sort(descending=True)
+        probs[probs.cumsum(0) - probs >= top_p] = 0
+        ids.append(int(order[torch.multinomial(probs, 1, generator=g)]))
         if ids[-1] == c.bos_id:
             break
-    return encoding.decode([i for i in ids if i != c.bos_id])
+    return ids[len(prompt) :]
 
 
 # ---- training ----------------------------------------------------------------------------------------------
@@ -1670,7 +1663,12 @@ def training_plan(c, inputs, m, steps=None):
     """The Models of a run, in order. inputs: of Lookup.training_inputs."""
     plan = []
     for k, c_model in enumerate(model_configs(c)):
-        teachers = [plan[number] for number in teachers_of(k, c)]
+        if k == c.members:  # the student
+            teachers = list(plan)
+        elif c.distill_alpha > 0 and k % (c.members // c.chains) > 0:  # not the first of its chain
+            teachers = plan[-1:]
+        else:
+            teachers = []
         name = f"member {k + 1} " if c.members > 1 or c.student else ""
         plan.append(Model(k, c_model, Batches(inputs, c_model, m, steps), teachers, name))
     return plan
@@ -1694,6 +1692,7 @@ class Run:
     progress: dict = dataclasses.field(default_factory=dict)
     clock_start: float = 0.0  # where the clock would have begun, had the run never been interrupted
     stop_requested: list = dataclasses.field(default_factory=list)  # times of the signals that asked for it
+    training_over: bool = False
 
     def seconds(self):
         return time.monotonic() - self.clock_start
@@ -1777,7 +1776,7 @@ def train(run, state):
     progress["compile_seconds"] += compile_seconds
     run.clock_start = START + compile_seconds - progress["seconds"]
     ask_referee(run)
-    total = None
+    total = np.inf
     for model in run.plan:
         is_new = model.number >= progress["model"]
         if is_new:
@@ -1791,7 +1790,7 @@ def train(run, state):
         if len(run.plan) > 1:  # the mean also needs the models that an earlier part of the run has trained
             nll = stream_nll(load_weights(run.folder, model.number, model.c, m), run.eval_inputs, model.c, m)
             if model.number < run.c.members:
-                total = mix_nll(total, nll)
+                total = add_model(total, nll)
             if is_new:
                 n = min(model.number + 1, run.c.members)
                 together = mean_nll(total) + math.log(n)
@@ -1860,7 +1859,8 @@ def train_model(run, model, state):
     p = {name: w.to(m.device).requires_grad_() for name, w in first_weights(run, model, state).items()}
     ema = None
     if c.ema:
-        ema = {name: w.detach().to(m.device, copy=True) for name, w in state.get("ema", p).items()}
+        begin = state["ema"] if state["params"] else p  # between two models a state holds neither
+        ema = {name: w.detach().to(m.device, copy=True) for name, w in begin.items()}
     optimizer = MuonAdamW(p, c, m)
     if state["params"]:
         optimizer.load_state_dict(state["optimizer"])
@@ -1967,9 +1967,12 @@ def finish(run, val_tokens):
     )
     log(f"threads waited {seconds_waited():.1f} s for a processor; much of that means a busy machine")
     try:
-        text = sample(run.folder, c, m, run.meta, run.lookup, "", 300)
-        log(f"---- what the model writes on its own\n{text}\n----")
-    except Exception as e:  # whatever ails a tokenizer, it does not spoil a finished run
+        encoding = from_prepare("get_encoding", run.meta["tokenizer"])
+        prompt = [c.bos_id, *val_tokens[1:200].tolist()]
+        written = sample(run.folder, c, m, run.lookup, prompt, 300)
+        log(f"---- the beginning of the validation text\n{encoding.decode(prompt[1:])}")
+        log(f"---- what the model writes after it\n{encoding.decode(written)}\n----")
+    except Exception as e:  # a tokenizer that fails must not spoil a finished run
         log(f"no sample: {first_line(e)}")
     log(
         f"val_loss {record['val_loss']:.6f} nats per token, {record['val_bpb']:.6f} bits per byte, "
@@ -1988,7 +1991,7 @@ def finish(run, val_tokens):
 # ---- dry run -----------------------------------------------------------------------------------------------
 
 GPU_FLOPS = 989e12  # an H100, dense bf16
-GPU_BYTES = 80e9
+GPU_GB = 80
 UTILIZATION = 0.4  # assumed
 SAVE_SECONDS_PER_GB = 3.1  # to serialize, hash and write, measured on a slow core
 
@@ -2039,6 +2042,7 @@ def dry_run(c, n_ranks):
     c = of_data(c, meta)
     m = Machine(torch.device("cpu"), torch.float32 if c.dtype == "fp32" else torch.bfloat16, 0, n_ranks)
     plan = training_plan(c, np.broadcast_to(np.uint16(0), (c.train_tokens, 1)), m)
+    peak = 0.0
     print(f"{c.track}: {len(plan)} model(s) on {n_ranks} process(es)")
     for model in distinct_models(plan):
         n = n_params(model.c)
@@ -2050,9 +2054,10 @@ def dry_run(c, n_ranks):
             what = f"{phases.count(phase):,} steps of {len(phase.layers)} layers and bags of {phase.bag_size}"
             print(f"  {what}: {flops:.4g} FLOPs forward per position")
         memory = memory_estimate(model, m)
-        peak = sum(memory.values())
+        together = sum(memory.values())
+        peak = max(peak, together)
         sizes = ", ".join(f"{kind} {size:.2f}" for kind, size in memory.items())
-        print(f"  memory of each in GB, estimated: {sizes}; together {peak:.2f}")
+        print(f"  memory of each in GB, estimated: {sizes}; together {together:.2f}")
         print(f"  each sends {8e-9 * n * (n_ranks - 1) / n_ranks:.3g} GB in a step")
         checkpoint = memory["weights"] + memory["optimizer"] * n_ranks
         n_saves = 1 + len(phases) // model.c.save_every
@@ -2064,9 +2069,8 @@ def dry_run(c, n_ranks):
         seconds = flops / (n_ranks * GPU_FLOPS * UTILIZATION)
         cap = rules.get("max_seconds", math.inf)
         print(f"{seconds:,.0f} s at {UTILIZATION:.0%} of an H100's {GPU_FLOPS / 1e12:.0f} TFLOP/s")
-        print(f"the track's {cap:,} s {'hold' if seconds <= cap else 'do NOT hold'} that")
-        fits = "holds" if peak * 1e9 <= GPU_BYTES else "does NOT hold"
-        print(f"a card of {GPU_BYTES / 1e9:.0f} GB {fits} the memory")
+        print(f"{'fits' if seconds <= cap else 'does NOT fit'} in the track's {cap:,} s")
+        print(f"{'fits' if peak <= GPU_GB else 'does NOT fit'} in {GPU_GB} GB, without the driver and NCCL")
 
 
 # ---- main --------------------------------------------------------------------------------------------------
@@ -2089,6 +2093,11 @@ def train_command(given, args):
         if m.world_size > 1:  # the clocks of the ranks may differ
             dist.broadcast_object_list(names, src=0, device=m.device)
         folder = Path(names[0])
+    rows = c.batch_tokens // c.seq_len
+    fits = rows % m.world_size == 0
+    require(
+        fits, f"--batch_tokens {c.batch_tokens}: {rows} sequences do not divide among {m.world_size} ranks"
+    )
     train_tokens = read_shard(data_folder(c) / "train.bin", c.vocab_size, meta["sha256"]["train.bin"])
     val_tokens = read_shard(data_folder(c) / "val.bin", c.vocab_size, meta["sha256"]["val.bin"])
     enough = len(train_tokens) >= c.train_tokens
@@ -2104,13 +2113,13 @@ def train_command(given, args):
     options["trial"] = options["trial"] or state["source"] != SOURCE_SHA256
     if m.is_main:
         taken = not args.resume and (folder / "config.json").exists()
-        require(not taken, f"{folder}: another run took this name just now; name one with --run_dir")
+        require(not taken, f"{folder}: another run has just taken this name; choose one with --run_dir")
         write_json(folder / "config.json", options | {"config": dataclasses.asdict(c), "data": meta})
     run = Run(folder, c, m, meta, options["trial"], plan, lookup, eval_inputs, log, state["progress"])
     signal.signal(signal.SIGTERM, functools.partial(note_signal, run))
     signal.signal(signal.SIGINT, functools.partial(note_signal, run))
     train(run, state)
-    run.stop_requested.insert(0, -math.inf)  # from now on a signal ends the process at once
+    run.training_over = True
     finish(run, val_tokens)
 
 
@@ -2126,7 +2135,7 @@ def continued(given, args):
     may_grow = c.chains == 1 and not c.student
     require(members >= c.members, f"--members {members}: the run has {c.members} already")
     require(
-        members == c.members or may_grow, f"--members {members}: a run of chains or with a student is full"
+        members == c.members or may_grow, f"--members {members}: a run with chains or a student cannot grow"
     )
     require(student == c.student or not c.student, f"--student {student}: the run has its student already")
     c = dataclasses.replace(c, members=members, student=student)
@@ -2140,7 +2149,8 @@ def continued(given, args):
 
 def note_signal(run, number, frame):
     """Asked once, a run stops after its step. Asked again later, or after training, it stops at once."""
-    if run.stop_requested and time.monotonic() > run.stop_requested[0] + 10:
+    again = run.stop_requested and time.monotonic() > run.stop_requested[0] + 10
+    if again or run.training_over:
         raise UserError(f"stopped; go on with: python {SCRIPT} --resume {run.folder}", status=130)
     run.stop_requested.append(time.monotonic())
 
@@ -2174,7 +2184,7 @@ def parse_args(argv):
     metavars = {int: "N", float: "X", str: "TEXT", bool: "0|1"}
     for field in dataclasses.fields(Config):
         parse = functools.partial(parse_value, field.name)
-        text = f"{comments.get(field.name, '')} [{SMALL.get(field.name, field.default)}]"
+        text = f"{comments.get(field.name, '')} [{SMALL.get(field.name, field.default)}]".replace("%", "%%")
         option = recipe.add_argument(f"--{field.name}", type=parse, default=argparse.SUPPRESS, help=text)
         option.metavar = metavars[field.type]
     args = parser.parse_args(argv)
@@ -2200,11 +2210,8 @@ def check_combination(given, args):
     for name in given:
         fits = command in ("train", "dry_run") or (command == "resume" and name in ("members", "student"))
         require(fits, f"--{name}: is for a new run, leave it out")
-    goes_with = (
-        *(("tokens", "score"), ("nll", "score"), ("prompt", "sample"), ("length", "sample")),
-        *(("force", "resume"), ("run_dir", "train"), ("steps", "train")),
-    )
-    for name, owner in goes_with:
+    owners = dict(tokens="score", nll="score", prompt="sample", length="sample", force="resume")
+    for name, owner in (owners | dict(run_dir="train", steps="train")).items():
         fits = getattr(args, name) in (None, False) or command == owner
         require(fits, f"--{name}: goes with {'a new run' if owner == 'train' else f'--{owner} RUN'}")
     require(args.steps is None or args.steps > 0, f"--steps {args.steps}: must be 1 or more")

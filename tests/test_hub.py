@@ -1,4 +1,5 @@
-"""data/prepare.py fineweb, against a small server on this machine that speaks the Hugging Face Hub's protocol."""
+"""data/prepare.py fineweb, against a small local server that speaks the Hugging Face Hub's protocol."""
+
 import hashlib
 import http.server
 import json
@@ -11,19 +12,34 @@ import threading
 import numpy as np
 import pytest
 
-from conftest import ROOT, tokens_of
+from conftest import ROOT
 from data import prepare
 
-BOS, COMMIT = 256, "0123456789abcdef" * 2 + "01234567"
-COUNTS = {"val": 3000, "train": 20_000, "test": 3000}  # of 40,000 in two shards
+sys.path.insert(0, str(ROOT / "records"))
+import audit
+
+pytestmark = pytest.mark.contract
+
+BOS = 256
+COMMIT = "0123456789abcdef" * 2 + "01234567"
+
+# Of 40,000 tokens in two shards.
+COUNTS = {"val": 3000, "train": 20_000, "test": 3000}
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """Serves `files` {name: bytes} of one dataset. stated: {name: bytes whose size and sha256 are told instead}; broken_after: a number
-    of bytes after which every answer breaks off. Notes the ranges that were asked for."""
+    """Serves `files` {name: bytes} of one dataset, and notes the ranges that were asked for.
+
+    stated: {name: bytes whose size and sha256 are stated instead}. broken_after: a number of bytes after
+    which every answer breaks off.
+    """
+
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.files, self.stated, self.broken_after, self.ranges = files, {}, None, []
+        self.files = files
+        self.stated = {}
+        self.broken_after = None
+        self.ranges = []
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -41,8 +57,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("X-Error-Code", "EntryNotFound")
             self.end_headers()
             return
-        stated, first = self.server.stated.get(match[1], data), 0
-        if body and (asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))):
+        stated = self.server.stated.get(match[1], data)
+        first = 0
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if body and asked:
             first = int(asked[1])
             self.server.ranges.append(first)
         self.send_response(206 if first else 200)
@@ -55,7 +73,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
         self.end_headers()
         if body:
-            stop = len(data) if self.server.broken_after is None else first + self.server.broken_after
+            stop = len(data)
+            if self.server.broken_after is not None:
+                stop = first + self.server.broken_after
             self.wfile.write(data[first:stop])
             self.close_connection = True
 
@@ -67,7 +87,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def stream():
     """40,000 tokens in documents of 2 to 500."""
     rng = np.random.default_rng(0)
-    return np.concatenate([[BOS, *rng.integers(0, 256, rng.integers(1, 499))] for _ in range(400)]).astype(np.uint16)[:40_000]
+    documents = [[BOS, *rng.integers(0, 256, rng.integers(1, 499))] for _ in range(400)]
+    return np.concatenate(documents).astype(np.uint16)[:40_000]
 
 
 @pytest.fixture
@@ -83,7 +104,10 @@ def hub(stream):
 
 
 def fetch(hub, folder, **environment):
-    """`prepare.py fineweb` into folder/fineweb, at a small size and with bytes for tokens. Returns (status, the line of its mistake)."""
+    """`prepare.py fineweb` into folder/fineweb, at a small size and with bytes for tokens.
+
+    Returns its exit status and the line of its mistake.
+    """
     code = f"""if True:
         import huggingface_hub.constants, pathlib, sys
         huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1000
@@ -94,25 +118,33 @@ def fetch(hub, folder, **environment):
         prepare.ROOT = pathlib.Path({str(folder)!r})
         prepare.FINEWEB["tokens"] = {COUNTS}
         prepare.main(["fineweb"])"""
-    environment = dict(HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HUB_DISABLE_TELEMETRY="1", NO_PROXY="127.0.0.1") | environment
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=os.environ | environment)
+    here = dict(
+        HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}", HF_HUB_DISABLE_TELEMETRY="1", NO_PROXY="127.0.0.1"
+    )
+    env = os.environ | here | environment
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     errors = [line for line in done.stderr.splitlines() if line.startswith("prepare.py: ")]
-    assert "Traceback" not in done.stderr and len(errors) == (done.returncode != 0), done.stderr
-    assert (folder / "fineweb" / "meta.json").exists() == (done.returncode == 0)
-    return done.returncode, (errors or [""])[0]
+    assert "Traceback" not in done.stderr, done.stderr
+    is_prepared = (folder / "fineweb" / "meta.json").exists()
+    if done.returncode == 0:
+        assert is_prepared and errors == []
+        return 0, ""
+    assert not is_prepared and len(errors) == 1, done.stderr
+    return done.returncode, errors[0]
 
 
 def test_the_cut(hub, stream, tmp_path):
-    """Validation from the front, training from the next document on, test from the one after that; across the shards' border."""
+    """Validation from the front, training from the next document, test from the one after; across shards."""
     assert fetch(hub, tmp_path) == (0, "")
     meta = json.loads((tmp_path / "fineweb" / "meta.json").read_text())
     assert meta["tokens"] == COUNTS and COMMIT in meta["source"]
     at = 0
     for split, n in COUNTS.items():
-        shard = tokens_of(tmp_path / "fineweb" / f"{split}.bin")
-        while stream[at] != BOS:  # written differently from cut_stream()
+        shard = audit.read_shard(tmp_path / "fineweb" / f"{split}.bin")
+        # This is written differently from cut_stream().
+        while stream[at] != BOS:
             at += 1
-        assert (shard == stream[at:at + n]).all() and len(shard) == n
+        assert (shard == stream[at : at + n]).all() and len(shard) == n
         at += n
     assert at > 20_000 + 10
 
@@ -120,21 +152,31 @@ def test_the_cut(hub, stream, tmp_path):
 def test_a_download_that_breaks_off_goes_on(hub, tmp_path):
     """Within a command and over two of them, one killed: the next asks only for the rest."""
     name = prepare.FINEWEB["files"][0]
-    whole, part = len(hub.files[name]), tmp_path / "fineweb" / name
+    whole = len(hub.files[name])
+    part = tmp_path / "fineweb" / name
     part.parent.mkdir(parents=True)
     part.write_bytes(hub.files[name][:5000])
     hub.broken_after = 0
     status, line = fetch(hub, tmp_path)
-    assert status == 2 and name in line and "run this again" in line and part.stat().st_size == 5000
+    assert status == 2 and name in line and "run this again" in line
+    assert part.stat().st_size == 5000
     hub.ranges.clear()
     hub.broken_after = 30_500
     assert fetch(hub, tmp_path) == (0, "")
-    assert hub.ranges == [5000, 35_000, 30_000]  # the rest of the first, in two pieces; then of the second, as whole chunks of 1,000 came
+    # The rest of the first file in two pieces; then that of the second, from the last whole chunk of 1,000
+    # bytes.
+    assert hub.ranges == [5000, 35_000, 30_000]
     assert whole < 5000 + 2 * 30_500
-    assert sorted(path.name for path in part.parent.iterdir()) == ["meta.json", "test.bin", "train.bin", "val.bin"]
+    assert sorted(path.name for path in part.parent.iterdir()) == [
+        "meta.json",
+        "test.bin",
+        "train.bin",
+        "val.bin",
+    ]
     hub.broken_after = None
     assert fetch(hub, tmp_path / "other")[0] == 0
-    assert (tmp_path / "fineweb" / "train.bin").read_bytes() == (tmp_path / "other" / "fineweb" / "train.bin").read_bytes()
+    undisturbed = tmp_path / "other" / "fineweb" / "train.bin"
+    assert (tmp_path / "fineweb" / "train.bin").read_bytes() == undisturbed.read_bytes()
 
 
 def test_a_truncated_file(hub, tmp_path):
@@ -149,27 +191,37 @@ def test_a_truncated_file(hub, tmp_path):
     assert fetch(hub, tmp_path)[0] == 0 and hub.ranges == [len(hub.files[name]) - 1000]
 
 
-@pytest.mark.parametrize("where", ["on the server", "on the disk", "longer"])
+@pytest.mark.parametrize("where", ["on the server", "on the disk"])
 def test_a_wrong_hash(hub, tmp_path, where):
-    """As long as it should be, but other bytes: named and deleted, so that the next command gets it anew."""
+    """As long as it should be, but other bytes: named and deleted, so the next command fetches it again."""
     name = prepare.FINEWEB["files"][0]
     good = hub.files[name]
     if where == "on the server":
-        hub.stated[name], hub.files[name] = good, good[:-1] + b"\x01"
+        hub.stated[name] = good
+        hub.files[name] = good[:-1] + b"\x01"
     else:
         (tmp_path / "fineweb").mkdir()
-        (tmp_path / "fineweb" / name).write_bytes(b"x" + good[1:] + b"xx" * (where == "longer"))
+        (tmp_path / "fineweb" / name).write_bytes(b"x" + good[1:])
     status, line = fetch(hub, tmp_path)
-    if where != "longer":  # that cannot be a part of it, and is fetched anew at once
-        assert status == 2 and name in line and "sha256" in line
-        hub.files[name] = good
-        assert fetch(hub, tmp_path)[0] == 0
-    assert (tmp_path / "fineweb" / "meta.json").exists()
+    assert status == 2 and name in line and "sha256" in line
+    hub.files[name] = good
+    assert fetch(hub, tmp_path) == (0, "")
+
+
+def test_a_file_that_is_too_long(hub, tmp_path):
+    """It cannot be a part of the file, and is fetched again at once."""
+    name = prepare.FINEWEB["files"][0]
+    (tmp_path / "fineweb").mkdir()
+    (tmp_path / "fineweb" / name).write_bytes(hub.files[name] + b"xx")
+    assert fetch(hub, tmp_path) == (0, "")
 
 
 def test_what_is_no_shard(hub, tmp_path):
     name = prepare.FINEWEB["files"][0]
-    for i, content in enumerate((b"<html>not found</html>" * 100, hub.files[name][:-2], b"".join(prepare.shard_bytes(np.full(20_000, 257))))):
+    page = b"<html>not found</html>" * 100
+    too_short = hub.files[name][:-2]
+    unknown_tokens = b"".join(prepare.shard_bytes(np.full(20_000, 257)))
+    for i, content in enumerate((page, too_short, unknown_tokens)):
         hub.files[name] = content
         status, line = fetch(hub, tmp_path / str(i))
         assert status == 2 and name in line and "not a shard" in line
@@ -183,8 +235,8 @@ def test_too_short_a_stream(hub, tmp_path):
 
 
 def test_offline(hub, tmp_path):
-    """What to do."""
-    for environment in (dict(HF_HUB_OFFLINE="1"), dict(HF_ENDPOINT="http://127.0.0.1:9")):  # where nobody listens
+    """Offline, at an address where nobody listens, and without a file: the message says what to do."""
+    for environment in (dict(HF_HUB_OFFLINE="1"), dict(HF_ENDPOINT="http://127.0.0.1:9")):
         status, line = fetch(hub, tmp_path, **environment)
         assert status == 2 and "connect to the internet" in line and "data/fineweb" in line
     del hub.files[prepare.FINEWEB["files"][1]]
