@@ -749,12 +749,14 @@ class Phase(NamedTuple):
 class Param(NamedTuple):
     """A line of the parameter table. All that the script needs to know of a parameter stands here."""
 
-    shape: tuple  # of a single layer's, if per_layer; matrices are [out, in]
+    shape: tuple  # of a single layer's, if there is one for each; matrices are [out, in]
     init: object  # function of (shape, generator): the first values, float32 on the CPU
     optimizer: str  # muon: matrices in the last two dimensions; adamw: anything
     lr: str  # the field of Config that holds its learning rate
     decay: bool  # weight decay applies
-    per_layer: bool  # stored as [n_layer, *shape]; block() finds a layer's slice in w under the same name
+    n_stack: (
+        int  # 0: the model has one. Else stored as [n_stack, *shape]; block() of layer i gets [i % n_stack]
+    )
     multiplied: bool  # every position is multiplied by it once (per layer that runs): counted in FLOPs
     used: bool  # by this config
 
@@ -788,6 +790,7 @@ GATE_CHANNELS = 32  # gates read only this many channels of the layer's input (S
 def param_table(c):
     """Name -> Param of every parameter, in the order in which their first values are drawn from the seed.
     Starts are nanochat's and Slowrun's: layers as the identity, the first loss ln(vocab_size)."""
+    L = c.n_layer
     V = c.vocab_size
     D = c.n_embd
     H = c.n_head
@@ -805,21 +808,21 @@ def param_table(c):
     HEAD = ("adamw", "head_lr", True)
     SCALAR = ("adamw", "scalar_lr", False)
     # fmt: off
-    #                    shape                start                      kind  per_layer multiplied used
+    #                    shape                start                      kind  n_stack multiplied used
     table = {
-        "wte":     Param((V, D),                normal(1.0),              *EMBED,  False, False, True),
-        "lm_head": Param((V, D),                normal(0.001),            *HEAD,   False, True,  True),
+        "wte":     Param((V, D),                normal(1.0),              *EMBED,  0, False, True),
+        "lm_head": Param((V, D),                normal(0.001),            *HEAD,   0, True,  True),
         # q, k, v, o and, with value_proj, the projection of x0 into the values
-        "attn":    Param((n_square, D, D),      attention_start(bound),   *MATRIX, True,  True,  True),
-        "mlp_in":  Param((2, c.mlp_hidden, D),  uniform(bound),           *MATRIX, True,  True,  True),
-        "mlp_out": Param((D, c.mlp_hidden),     constant(0.0),            *MATRIX, True,  True,  True),
-        "mix":     Param((2,),                  constant([1.1, 0.1]),     *SCALAR, True,  False, True),
-        "gates":   Param((n_gates, H, n_in),    constant(0.0),            *SCALAR, True,  True,  n_gates > 0),
-        "skip":    Param((c.n_layer // 2,),     constant(1.0),            *SCALAR, False, False, has_skips),
+        "attn":    Param((n_square, D, D),      attention_start(bound),   *MATRIX, L, True,  True),
+        "mlp_in":  Param((2, c.mlp_hidden, D),  uniform(bound),           *MATRIX, L, True,  True),
+        "mlp_out": Param((D, c.mlp_hidden),     constant(0.0),            *MATRIX, L, True,  True),
+        "mix":     Param((2,),                  constant([1.1, 0.1]),     *SCALAR, L, False, True),
+        "gates":   Param((n_gates, H, n_in),    constant(0.0),            *SCALAR, L, True,  n_gates > 0),
+        "skip":    Param((c.n_layer // 2,),     constant(1.0),            *SCALAR, 0, False, has_skips),
         # a table for each look-up; its last row stands for NO_TOKEN
-        "lookup":  Param((n_lookup, V + 1, D),  constant(0.0),            *EMBED,  False, False, has_lookups),
-        "iha":     Param((3, H, H),             constant(torch.eye(H)),   *SCALAR, True,  False, c.iha),
-        "mtp":     Param((1, D, D),             uniform(bound),           *MATRIX, False, False, has_mtp),
+        "lookup":  Param((n_lookup, V + 1, D),  constant(0.0),            *EMBED,  0, False, has_lookups),
+        "iha":     Param((3, H, H),             constant(torch.eye(H)),   *SCALAR, L, False, c.iha),
+        "mtp":     Param((1, D, D),             uniform(bound),           *MATRIX, 0, False, has_mtp),
     }
     # fmt: on
     return {name: entry for name, entry in table.items() if entry.used}
@@ -827,7 +830,7 @@ def param_table(c):
 
 def param_shapes(c):
     """Name -> shape of every parameter, those of all layers stacked."""
-    return {name: (c.n_layer, *e.shape) if e.per_layer else e.shape for name, e in param_table(c).items()}
+    return {name: (e.n_stack, *e.shape) if e.n_stack else e.shape for name, e in param_table(c).items()}
 
 
 def n_params(c):
@@ -998,7 +1001,7 @@ def forward(p, inputs, c, m, phase, dropout=0.0, run_block=None):
     windows = [min(layer_window(c, i), T) for i in phase.layers]
     masks = attention_masks(starts, sorted(set(windows)), m.attention, m.dtype)
     # Stacked parameters are cast and taken apart once per pass, not once per use.
-    stacked = [name for name, entry in param_table(c).items() if entry.per_layer]
+    stacked = [name for name, entry in param_table(c).items() if entry.n_stack]
     banks = {name: p[name].to(m.dtype).unbind(0) for name in stacked}
     x = x0 = norm(x.to(m.dtype))
     skips = {}
@@ -1006,7 +1009,7 @@ def forward(p, inputs, c, m, phase, dropout=0.0, run_block=None):
         mirror = c.n_layer - 1 - i
         if c.unet and mirror in skips:
             x = x + p["skip"][mirror] * skips[mirror]
-        w = {name: bank[i] for name, bank in banks.items()}
+        w = {name: bank[i % len(bank)] for name, bank in banks.items()}
         x = (run_block or block)(x, x0, w, cos, sin, masks[window], c, m.attention, dropout)
         if i < c.n_layer // 2:
             skips[i] = x
@@ -1019,7 +1022,7 @@ def flops_per_token(c, phase):
     weights = 0
     for entry in param_table(c).values():
         if entry.multiplied:
-            weights += math.prod(entry.shape) * (len(phase.layers) if entry.per_layer else 1)
+            weights += math.prod(entry.shape) * (len(phase.layers) if entry.n_stack else 1)
     windows = [min(layer_window(c, i), c.seq_len) for i in phase.layers]
     seen = [w - w * (w - 1) / 2 / c.seq_len for w in windows]  # tokens that the average token attends to
     return 2 * weights + 4 * c.n_embd * sum(seen)

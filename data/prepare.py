@@ -1,10 +1,10 @@
 """
 Text -> token shards.
 
-    python data/prepare.py pocket                 # the Python source of the installed torch, as bytes; no
-    download python data/prepare.py pocket_long            # the same with twice the training text, for
-    baselines python data/prepare.py mini                   # the same source in GPT-2's tokens python
-    data/prepare.py fineweb                # 120M GPT-2 tokens of FineWeb, from the Hugging Face Hub (400 MB)
+    python data/prepare.py pocket        # the Python source of the installed torch, as bytes; no download
+    python data/prepare.py pocket_long   # the same with twice the training text, for baselines
+    python data/prepare.py mini          # the same source in GPT-2's tokens
+    python data/prepare.py fineweb       # 120M GPT-2 tokens of FineWeb, from the Hugging Face Hub (400 MB)
     python data/prepare.py text FILE... [--tokenizer bytes|gpt2] [--out data/text]
 
 Each writes train.bin, val.bin, test.bin and meta.json into one folder. data/README.md describes the format,

@@ -1,11 +1,12 @@
 """
 The referee's desk: makes records out of runs, recomputes what they claim, compares them, and draws the board.
 
-    python records/leaderboard.py submit runs/NAME [runs/NAME2 ...] --slug loops --note note.md python
-    records/leaderboard.py verify [RECORD ...] [--smoke]     exit status 0: all hold; 1: faults, a line each
-    python records/leaderboard.py compare A B                       records or runs; commas between seeds of
-    one side python records/leaderboard.py diff A B                          what changed in the script python
-    records/leaderboard.py render [--check]                  the tables of README.md and the pictures
+    python records/leaderboard.py submit runs/NAME [runs/NAME2 ...] --slug loops --note note.md
+    python records/leaderboard.py verify [RECORD ...] [--smoke]   exit status 0: all hold; 1: a line per fault
+    python records/leaderboard.py compare A B        records or runs; commas between the seeds of one side
+    python records/leaderboard.py diff A B           what changed in the script
+    python records/leaderboard.py judge runs/NAME    what the track's rules make of a run, finished or not
+    python records/leaderboard.py render [--check]   the tables of README.md and the pictures
 
 A record is records/TRACK/DATE_SLUG/ with README.md (the note), record.json (what is claimed, and the names of
 the other files), and for each seed the log, val_nll.npy and test_nll.npy. Nothing here imports train_gpt.py
@@ -770,6 +771,7 @@ def read_scores(path):
     return np.mean(sums, axis=0), np.array([s.sum() / n for s in sums]), n
 
 
+@functools.cache
 def student(df):
     """Student's t: (values of |t|, the probability to exceed each, both sides).
 
@@ -1044,6 +1046,15 @@ PUBLISHED = {
     "by": "contributors",
     "files": "files",
 }
+TOP = {
+    "track": "track",
+    "loss": "val loss",
+    "data": "data efficiency",
+    "what": "the best so far",
+    "date": "date",
+}
+TOP_BEGIN = "<!-- top of the board: python records/leaderboard.py render -->"
+TOP_END = "<!-- end of the top -->"
 ELSEWHERE = "published elsewhere, not verified here"
 
 
@@ -1340,6 +1351,25 @@ def draw_curve(data, theme):
     return fig
 
 
+def between(page, begin, end, text):
+    """The page with `text` between two of its marker lines."""
+    head = page.split(begin)[0]
+    tail = page.split(end)[1]
+    return f"{head}{begin}\n{text}\n{end}{tail}"
+
+
+def top_of_board(root):
+    """Lines of a short table: each track's standing record, and the best published result of `limited`."""
+    tracks = read_tracks(root)
+    baselines = read_json(root / "records" / "baselines.json")
+    rows = []
+    for track in tracks["tracks"]:
+        for row in board_rows(root, tracks, baselines, track)[:1]:
+            if "name" in row or track == "limited":
+                rows.append(row | {"track": track})
+    return table(TOP, rows)[:-1]
+
+
 def stale(root):
     """What render would change: {path: function that writes or removes it}."""
     for folder in record_folders(root):
@@ -1352,9 +1382,9 @@ def stale(root):
     before = readme.read_text()
     if before.count(BEGIN) != 1 or before.count(END) != 1:
         raise Refused(f"{readme}: lacks the lines {BEGIN} and {END}, or has them twice")
-    head = before.split(BEGIN)[0]
-    tail = before.split(END)[1]
-    after = f"{head}{BEGIN}\n{text}\n{END}{tail}"
+    after = between(before, BEGIN, END, text)
+    if TOP_BEGIN in before:
+        after = between(after, TOP_BEGIN, TOP_END, "\n".join(top_of_board(root)))
     if after != before:
         changes[readme] = functools.partial(readme.write_text, after)
 
@@ -1394,6 +1424,12 @@ def render_command(args):
     if not changes:
         print("the board is up to date")
     return bool(changes) and args.check
+
+
+def judge_command(args):
+    from judge import judge  # which reads records with this file's functions
+
+    print("\n".join(judge(args.folder, args.seconds)))
 
 
 # ---- command line ------------------------------------------------------------------------------------------
@@ -1459,6 +1495,11 @@ def parse_args(argv):
         "--check", action="store_true", help="write nothing; exit status 1 if something is stale"
     )
     one.set_defaults(run=render_command)
+
+    one = commands.add_parser("judge", help="what the track's rules make of a run, finished or not")
+    one.add_argument("folder", type=Path, metavar="RUN")
+    one.add_argument("--seconds", type=float, metavar="S", help="when training will end, by its own estimate")
+    one.set_defaults(run=judge_command)
     return parser.parse_args(argv)
 
 

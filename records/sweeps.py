@@ -1,9 +1,8 @@
 """
 The experiments behind the board and the notes: runs from plans, and the tables and pictures of their logs.
 
-    python records/sweeps.py             train every run of the plans that has no log yet (hours), then do as
-    below python records/sweeps.py --table     read the logs alone, and write the tables, baselines.json and
-    the pictures
+    python records/sweeps.py           train every run of the plans that has no log yet (hours), then as below
+    python records/sweeps.py --table   read the logs alone; write the tables, baselines.json and the pictures
 
 baselines/pocket/plan.txt: the plain recipe on more and more tokens, from which data efficiency is read.
 ablations/pocket/plan.txt: techniques on and off, three seeds each. A title in equals signs begins a table.
