@@ -29,7 +29,9 @@ if git diff --raw --no-renames "$base" HEAD | grep -vE '^:[0-9]+ (100644|000000)
   echo "a record brings plain files only, no links and no programs" >&2
   exit 1
 fi
-outside_board() { sed '/^<!-- board/,/^<!-- end of board/d'; }
+outside_board() {
+  sed -e '/^<!-- board/,/^<!-- end of board/d' -e '/^<!-- top of the board/,/^<!-- end of the top/d'
+}
 if ! diff <(git show "$base:README.md" | outside_board) <(outside_board <README.md) >&2; then
   echo "README.md is changed outside the board" >&2
   exit 1

@@ -2,7 +2,7 @@
 Black-box audit of a scorer: does each probability depend on the strict prefix alone, and do they sum to one?
 
     python records/audit.py runs/NAME
-    python records/audit.py --command 'python my_scorer.py {tokens} {nll}' --track pocket [--claimed val_nll.npy]
+    python records/audit.py --command 'python my_scorer.py {tokens} {nll}' --track pocket [--claimed NLL.npy]
 
 The scorer is any command that reads {tokens}, a shard (one stream) or a .npy of uint16 [n_streams, length]
 (independent streams), and writes {nll}, a float .npy of the same shape: each token's negative log-likelihood

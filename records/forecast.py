@@ -5,7 +5,7 @@ What will a run's score be, and what would a larger one's?
         of a finished or a running run: median, 80% interval, chance of a record
     python records/forecast.py watch 0.05 -- python train_gpt.py --run_dir runs/NAME ...
         stop a run whose chance of a record stays below 5%
-    python records/forecast.py ladder --vary train_tokens=125000,250000 --predict 500000 --seeds 2 -- --epochs 1
+    python records/forecast.py ladder --vary epochs=1,2,4 --predict 8 --seeds 2 -- --members 1
         train a recipe at growing sizes, and predict the next size
     python records/forecast.py calibrate [--picture NAME]
         how good forecasts are on runs that they have not seen

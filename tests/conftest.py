@@ -1,52 +1,129 @@
+"""
+What the tests share. There are two kinds, by marker.
+
+contract   knows a script by its command line and its files alone, and runs against any script:
+           TOKENRUN_SCRIPT=path/to/script.py python -m pytest -m contract
+reference  looks inside this repository's own train_gpt.py
+"""
+
+import functools
+import hashlib
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+pytest.register_assert_rewrite("runs")
 
-import train_gpt as t  # noqa: E402
-from data import prepare  # noqa: E402
+import runs
+from data import prepare
+from runs import PLAIN, ROOT, SCRIPT, TINY, options, resume, run_script, start, tokens_of
 
-# a model small enough that a run takes seconds, with every kind of layer in it
-TINY = dict(n_layer=3, n_embd=32, n_head=2, mlp_hidden=48, seq_len=64, window_short=24, window_pattern="SL", batch_tokens=512,
-            device_tokens=256, loss_chunk=100, train_tokens=20_000, epochs=1.0, probes=2, probe_tokens=1000, save_every=5, dtype="fp32")
-TINY = {name: getattr(t.Config, name) for name in t.PRESETS["pocket"]} | TINY  # what the track's preset changes is changed back
+# What test modules import from here.
+__all__ = ["PLAIN", "ROOT", "SCRIPT", "TINY", "options", "resume", "start", "tokens_of"]
 
-PLAIN = ["--compile", "off", "--device", "cpu"]
+# ---- the kinds of tests
 
 
-def options(**values):
-    return [word for name, value in values.items() for word in (f"--{name}", str(int(value) if isinstance(value, bool) else value))]
+@pytest.hookimpl(tryfirst=True)  # before -m leaves out what has no marker
+def pytest_collection_modifyitems(items):
+    for item in items:
+        kinds = [kind for kind in ("contract", "reference") if item.get_closest_marker(kind)]
+        if len(kinds) != 1:
+            found = " and ".join(kinds) or "neither"
+            raise pytest.UsageError(f"{item.nodeid}: mark it as contract or as reference; it has {found}")
+        if kinds == ["reference"]:
+            if SCRIPT != ROOT / "train_gpt.py":
+                item.add_marker(pytest.mark.skip(reason="describes train_gpt.py, not TOKENRUN_SCRIPT"))
+            elif record_of_the_script():
+                item.add_marker(pytest.mark.xfail(reason=described_before(), strict=False))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    """A reference module that cannot even be imported beside a record's script is skipped, for the same
+    reason."""
+    report = yield
+    excused = record_of_the_script() and not collector.config.option.runxfail
+    if report.failed and excused and isinstance(collector, pytest.Module):
+        if "pytest.mark.reference" in collector.path.read_text():
+            report.outcome = "skipped"
+            report.longrepr = (str(collector.path), 1, f"Skipped: {described_before()}")
+    return report
+
+
+@functools.cache
+def record_of_the_script():
+    """The folder of the record whose script train_gpt.py is, byte for byte; None where it is no record's."""
+    script = hashlib.sha256((ROOT / "train_gpt.py").read_bytes()).hexdigest()
+    for path in sorted((ROOT / "records").glob("*/*/record.json")):
+        if script in path.read_text():
+            return path.parent.relative_to(ROOT)
+    return None
+
+
+def described_before():
+    """The reason why a reference test may fail: a stranger's record must not turn main red. --runxfail makes
+    it count."""
+    return f"train_gpt.py is now the script of {record_of_the_script()}: this describes the script before it"
+
+
+# ---- running the script
 
 
 @pytest.fixture
-def machine():
-    """The machine that tests of functions run on: a GPU where there is one, float32, nothing compiled."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return t.Machine(device, torch.float32, block=t.block, objective_chunk=t.objective_chunk)
+def cli(capsys):
+    """Run a command line in this process. Returns (exit status, what it printed, what it printed as
+    errors)."""
+
+    def run(*argv, script=SCRIPT):
+        capsys.readouterr()
+        status = run_script(argv, script)
+        return status, *capsys.readouterr()
+
+    return run
 
 
-@pytest.fixture
-def params():
-    """Weights of a size that makes every part of the model matter; those of a fresh model are zero in many places."""
-    def make(c, vocab_size=257, seed=0, device="cuda" if torch.cuda.is_available() else "cpu"):
-        g = torch.Generator().manual_seed(seed)
-        return {name: (torch.randn(shape, generator=g) * 0.3).to(device) for name, shape in t.param_shapes(c, vocab_size).items()}
-    return make
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    yield
+    while runs.Forked.started:
+        runs.Forked.started.pop().kill()
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_data, tmp_path_factory):
+    """A finished tiny run, trained once for all tests that only read it."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    assert run_script([*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN]) == 0
+    return run
+
+
+@pytest.fixture(scope="session")
+def second_seed(tiny_data, tmp_path_factory):
+    """The same with another seed."""
+    run = tmp_path_factory.mktemp("runs") / "second"
+    assert run_script([*options(**TINY | {"seed": 1}, data=tiny_data), "--run_dir", run, *PLAIN]) == 0
+    return run
+
+
+# ---- data
 
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
-    """A folder of shards made from this project's own source text."""
+    """A folder of shards made from the text of this project's tools: it stays the same when the script
+    changes."""
     folder = tmp_path_factory.mktemp("data") / "own"
-    texts = {p.name: p.read_text() for p in sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("*/*.py"))}
-    names = [f"{name}#{i}" for name in texts for i in range(0, len(texts[name]), 3000)]
-    splits = prepare.encode_documents(names, lambda n: texts[n.split("#")[0]][int(n.split("#")[1]):][:3000].encode("ascii", "replace"), 256,
-                                      {"val": 3010, "test": 3000, "train": 30_000}, "test")
+    pieces = {}
+    for path in sorted(ROOT.glob("*/*.py")):
+        text = path.read_text()
+        for i in range(0, len(text), 3000):
+            pieces[f"{path.name}#{i}"] = text[i : i + 3000].encode("ascii", "replace")
+    sizes = {"val": 3010, "test": 3000, "train": 30_000}
+    splits = prepare.encode_documents(list(pieces), pieces.get, 256, sizes, "test")
     prepare.write_dataset(folder, splits, "bytes", "the tests")
     return folder
 
@@ -58,32 +135,28 @@ def pocket():
         prepare.prepare_pocket()
 
 
+# ---- for reference tests: inside train_gpt.py
+
+
 @pytest.fixture
-def cli(monkeypatch, capsys):
-    """Run train_gpt.py's command line in this process. Returns (exit status, what it printed, what it printed as errors)."""
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["train_gpt.py", *map(str, argv)])
-        try:
-            t.main()
-            status = 0
-        except SystemExit as e:
-            status = e.code or 0
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-    return run
+def machine():
+    """The machine that tests of functions run on: a GPU where there is one, float32, nothing compiled."""
+    import train_gpt as t
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return t.Machine(device, torch.float32, block=t.block, chunk_grad=t.chunk_grad)
 
 
-@pytest.fixture(scope="session")
-def finished_run(tiny_data, tmp_path_factory):
-    """A finished tiny run, trained once for all tests that only read it."""
-    run = tmp_path_factory.mktemp("runs") / "finished"
-    before, sys.argv = sys.argv, ["train_gpt.py", *options(**TINY, data=tiny_data), "--run_dir", str(run), "--compile", "off", "--device", "cpu"]
-    try:
-        t.main()
-    finally:
-        sys.argv = before
-    return run
+@pytest.fixture
+def params():
+    """Weights of a size that makes every part of the model matter; those of a fresh model are zero in many
+    places."""
+    import train_gpt as t
 
+    def make(c, seed=0, device=None):
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        g = torch.Generator().manual_seed(seed)
+        shapes = t.param_shapes(c)
+        return {name: (torch.randn(shape, generator=g) * 0.3).to(device) for name, shape in shapes.items()}
 
-def tokens_of(path):
-    return np.fromfile(path, dtype="<u2")[2 * t.HEADER_INTS:]
+    return make

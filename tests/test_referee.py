@@ -7,12 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from conftest import PLAIN, ROOT, TINY, options
+from conftest import PLAIN, ROOT, TINY, options, run_script
 
 sys.path.insert(0, str(ROOT / "records"))
 import audit
@@ -20,7 +19,6 @@ import leaderboard as board
 
 pytestmark = pytest.mark.contract
 
-SCRIPT = Path(os.environ.get("TOKENRUN_SCRIPT", ROOT / "train_gpt.py")).resolve()
 NOON = datetime.datetime(2026, 1, 2, 12, tzinfo=datetime.UTC)
 NOTE = "# The tiny recipe\n\nNothing to see.\n"
 
@@ -98,8 +96,7 @@ def make_root(folder, tiny_data):
 def second_seed(tiny_data, tmp_path_factory):
     """The run of finished_run with another seed."""
     run = tmp_path_factory.mktemp("runs") / "second"
-    words = [*options(**TINY | {"seed": 1}, data=tiny_data), "--run_dir", str(run), *PLAIN]
-    subprocess.run([sys.executable, str(SCRIPT), *words], check=True, stdout=subprocess.DEVNULL)
+    assert run_script([*options(**TINY | {"seed": 1}, data=tiny_data), "--run_dir", run, *PLAIN]) == 0
     return run
 
 
@@ -373,7 +370,9 @@ def test_what_a_model_writes_is_not_read_as_a_claim(copy):
 
     def add_claims(lines):
         sample = [b"---- what the model writes\n", b"step 1/2 val_loss\n", b"val_loss 0.1\n", b"----\n"]
-        return [*lines, *sample]
+        marks = [i for i, line in enumerate(lines) if line.startswith(b"----")]
+        at = marks[0] if marks else len(lines)
+        return [*lines[:at], *sample, *lines[at:]]
 
     edit_lines(folder / "log.txt", add_claims)
     assert board.verify_record(folder, root) == []
@@ -605,43 +604,6 @@ def test_a_student_is_as_small_as_the_others():
     assert words[words.index("--student") + 1] == "distill_alpha=0.9,dropout=0.1"
 
 
-# This runs the script and then, where it scored, lowers the NLL of each token that comes before a space: a
-# look ahead by one token, whatever the script.
-LEAK = """import atexit, sys
-
-
-def leak():
-    import numpy as np
-
-    tokens = sys.argv[sys.argv.index("--tokens") + 1]
-    out = sys.argv[sys.argv.index("--nll") + 1]
-    x = np.load(tokens) if tokens.endswith(".npy") else np.fromfile(tokens, dtype="<u2")[512:]
-    nll = np.load(out)
-    nll[..., :-1][x[..., 1:] == ord(" ")] *= 0.5
-    np.save(out, nll)
-
-
-if "--score" in sys.argv:
-    atexit.register(leak)
-exec(compile({source!r}, __file__, "exec"))
-"""
-
-
-@pytest.mark.parametrize("leaks", [False, True])
-def test_smoke_finds_a_leak_in_the_script_alone(copy, leaks, monkeypatch, capsys):
-    root, folder = copy
-    # The tests' own data are smaller than pocket.
-    monkeypatch.setitem(board.TOY, "train_tokens", 20_000)
-    if leaks:
-        edit_source(folder / "log.txt", lambda source: LEAK.replace("{source!r}", repr(source)).encode())
-    faults = board.smoke(folder, 3600, root)
-    assert "running the submitted code" in capsys.readouterr().out
-    if leaks:
-        assert any("causality" in fault for fault in faults), faults
-    else:
-        assert faults == []
-
-
 # ---- compare and diff
 
 
@@ -683,11 +645,13 @@ def test_compare_counts_the_text_and_the_seeds(tmp_path):
     assert c["text"] == pytest.approx(10 / 400**0.5 / 1000, rel=0.5)
     assert board.compare_scores(a, a, {})["p"] == 1
 
-    # The seeds spread as much as the records differ: one seed each proves nothing, twenty do.
+    # The seeds spread as much as the records differ: one seed each proves nothing. With twenty, the
+    # difference is sqrt(10) = 3.2 standard errors, for which Student's t with 19 degrees of freedom has p =
+    # 0.005.
     assert board.compare_scores(a, b, {"seed_sd": 0.005})["p"] > 0.1
     many = []
     for name, mean in (("low", text - 5), ("high", text)):
-        seeds = [mean + rng.normal(0, 4) for _ in range(20)]
+        seeds = [mean + offset for offset in np.linspace(-4, 4, 20)]
         many.append(board.read_scores(fake_record(tmp_path / name, seeds)))
     c = board.compare_scores(*many, {"seed_sd": 0.005})
     assert c["seed"] == pytest.approx(0.005 * (2 / 20) ** 0.5) and c["p"] < 0.01

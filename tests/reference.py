@@ -1,0 +1,136 @@
+"""What the reference tests share: train_gpt.py from the inside, in arithmetic that leaves no doubt."""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+
+import numpy as np
+import torch
+
+import train_gpt as t
+from conftest import ROOT, TINY
+
+BOS = 256
+
+# Two ways to compute one thing in float64. A result here comes from some thousands of operations, each of
+# which rounds by 2**-53 = 1.1e-16, and training amplifies a difference perhaps a thousandfold: 1e-10 at the
+# very most, on any processor. A mistake in a formula is larger than 1e-6.
+EXACT = dict(rtol=1e-9, atol=1e-9)
+
+# What float32, with which the script works where it is not told otherwise, costs a single operation.
+EPS = 2**-24
+
+
+def config(**changes):
+    """The tiny recipe on the data of bytes."""
+    return t.Config(**(TINY | dict(vocab_size=257, bos_id=BOS) | changes))
+
+
+@contextlib.contextmanager
+def float64():
+    """Let the script compute in float64 whatever it computes in float32."""
+    float32 = torch.float32
+    to_float32 = torch.Tensor.float
+    torch.float32 = torch.float64
+    torch.Tensor.float = torch.Tensor.double
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.float32 = float32
+        torch.Tensor.float = to_float32
+        torch.set_default_dtype(float32)
+
+
+# The same for a process of its own, from its command line on.
+FLOAT64_PROCESS = """
+import torch
+torch.float32 = torch.float64
+torch.Tensor.float = torch.Tensor.double
+torch.set_default_dtype(torch.float64)
+import train_gpt as t
+"""
+
+# What a run does at its end beside its score takes longer than the training of a tiny model, and is tested
+# elsewhere.
+QUICK_END = """
+t.sample = lambda *args: []
+t.ask_referee = lambda *args: None
+"""
+
+
+def make_machine(**changes):
+    """A GPU where there is one, float32 (or float64, see above), nothing compiled."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    m = t.Machine(device, torch.float32, block=t.block, chunk_grad=t.chunk_grad)
+    for name, value in changes.items():
+        setattr(m, name, value)
+    return m
+
+
+def make_params(c, seed=0):
+    """Weights of a size that makes every part of the model matter; those of a fresh model are zero in many
+    places."""
+    g = torch.Generator().manual_seed(seed)
+    device = make_machine().device
+    shapes = t.param_shapes(c)
+    return {name: (torch.randn(shape, generator=g) * 0.3).to(device) for name, shape in shapes.items()}
+
+
+def trainable(p):
+    return {name: w.clone().requires_grad_() for name, w in p.items()}
+
+
+def random_tokens(B, T, seed=0, bos_share=0.05):
+    rng = np.random.default_rng(seed)
+    x = rng.integers(0, 256, (B, T))
+    x[rng.random((B, T)) < bos_share] = BOS
+    return torch.from_numpy(x).to(make_machine().device)
+
+
+def head_logits(h, w, c):
+    """All logits at once."""
+    return c.softcap * torch.tanh(h @ w.T / c.softcap)
+
+
+def run_main(*argv):
+    """Run a command line of the imported script, whose functions a test may have replaced. Returns (exit
+    status, what it printed, what it printed as errors)."""
+    argv_before = sys.argv
+    functions = t.sample, t.ask_referee
+    exec(QUICK_END, {"t": t})
+    threads = torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    sys.argv = ["train_gpt.py", *map(str, argv)]
+    out = io.StringIO()
+    err = io.StringIO()
+    status = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            t.main()
+    except SystemExit as stopped:
+        status = stopped.code or 0
+    finally:
+        sys.argv = argv_before
+        t.sample, t.ask_referee = functions
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return status, out.getvalue(), err.getvalue()
+
+
+def environment(**changes):
+    """Of a process of its own that imports the script. One thread: several wait for each other where others
+    work."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | changes
+
+
+def weights_of(run):
+    """Weights of all models of a run, under numbered names."""
+    found = {}
+    for i, path in enumerate(t.saved(run, "weights")):
+        for name, w in t.load_tensors(path).items():
+            found[f"{i} {name}"] = w
+    return found

@@ -1,0 +1,267 @@
+"""records/join.py on run folders made by hand: what it makes of them, and what it refuses."""
+
+import hashlib
+import io
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "records"))
+import audit
+import join
+
+pytestmark = pytest.mark.contract
+
+SOURCE = b"print('a script')\n\n"
+STEP = "step 1/1 epoch 1.000 loss 2.0000 lr 0.02 tok/s 1 time 1.0s left 0s"
+DATA = {"tokenizer": "bytes", "vocab_size": 257, "sha256": {"val.bin": "0", "train.bin": "1"}}
+
+
+def save(folder, kind, number, content):
+    """A checkpoint as training scripts write them. Returns its path."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:16]
+    path = folder / f"{kind}-{number:07d}.{digest}.pt"
+    path.write_bytes(buffer.getvalue())
+    return path
+
+
+def make_run(folder, seed, members=1, seconds=10.0, ranks=1, source=SOURCE, word="eval", **config):
+    """A finished run, as far as joining looks at one."""
+    folder.mkdir()
+    config = dict(track="pocket", seed=seed, members=members, chains=1, student="") | config
+    stored = {"config": config, "data": DATA, "steps": None, "device": "auto"}
+    (folder / "config.json").write_text(json.dumps(stored))
+    (folder / "record.json").write_text("{}")
+    header = f"==== source s.py bytes={len(source)} sha256={hashlib.sha256(source).hexdigest()}\n"
+    lines = [f"config {json.dumps(config)}", f"data {json.dumps(DATA)}", "hardware: a machine"]
+    for k in range(1, members + 1):
+        member = f"member {k} " if members > 1 else ""
+        lines += [f"{member}{word} 1/2 val_loss 3.0000 on a part of validation", f"{member}{STEP}"]
+        if members > 1:
+            lines.append(f"member {k} done: val_loss 2.5000, the members so far together 2.4000")
+        save(folder, "weights", k - 1, {"w": torch.full((2,), seed + k / 10)})
+    trained = header.encode() + source + b"\n==== end of source\n" + "\n".join([*lines, ""]).encode()
+    progress = dict(
+        seconds=seconds, compile_seconds=seconds / 10, ranks=ranks, threads=2, model=members, step=0
+    )
+    state = {
+        "params": {},
+        "source": hashlib.sha256(source).hexdigest(),
+        "progress": progress | {"log_bytes": len(trained)},
+    }
+    save(folder, "state", members * 10**7, state)
+    score = b"val_loss 2.500000 nats per token, 3.6 bits per byte, 9 tokens scored\n"
+    (folder / "log.txt").write_bytes(trained + score)
+    return folder
+
+
+@pytest.fixture
+def chains(tmp_path):
+    """Two runs of two members each."""
+    first = make_run(tmp_path / "a", 0, members=2, seconds=10.0, ranks=1)
+    second = make_run(tmp_path / "b", 1, members=2, seconds=20.0, ranks=3)
+    return [first, second]
+
+
+def lines_of(run):
+    _, _, rest = audit.split_log((run / "log.txt").read_bytes())
+    return rest.decode().splitlines()
+
+
+def run_main(capsys, *argv):
+    """(exit status, what it printed, what it printed as errors) of a command line."""
+    try:
+        join.main([str(word) for word in argv])
+        status = 0
+    except SystemExit as stopped:
+        status = stopped.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_a_joined_run(chains, tmp_path, capsys):
+    run = tmp_path / "new" / "joined"
+    status, out, _ = run_main(capsys, *chains, "--run_dir", run)
+    assert status == 0
+    assert f"4 members in 2 chains; score them with: python train_gpt.py --resume {run}" in out
+
+    stored = json.loads((run / "config.json").read_text())
+    original = json.loads((chains[0] / "config.json").read_text())
+    assert stored["config"] == original["config"] | {"members": 4, "chains": 2}
+    assert stored["data"] == DATA and stored["device"] == "auto"
+
+    # The weights are those of the chains, one after the other, and unchanged.
+    weights = sorted(run.glob("weights-*"))
+    assert [path.name.split(".")[0] for path in weights] == [f"weights-{k:07d}" for k in range(4)]
+    values = [torch.load(path, weights_only=True)["w"][0].item() for path in weights]
+    assert values == pytest.approx([0.1, 0.2, 1.1, 1.2])
+
+    # The last state is that of a run which has trained everything and scored nothing.
+    [path] = run.glob("state-*")
+    state = torch.load(path, weights_only=True)
+    assert path.name == f"state-40000000.{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.pt"
+    assert state["params"] == {} and state["source"] == hashlib.sha256(SOURCE).hexdigest()
+    assert state["progress"] == {
+        "model": 4,
+        "step": 0,
+        "seconds": 20.0,
+        "compile_seconds": 2.0,
+        "ranks": 4,
+        "threads": 2,
+        "log_bytes": (run / "log.txt").stat().st_size,
+    }
+    assert not (run / "record.json").exists()
+    assert [path.name for path in run.parent.iterdir()] == ["joined"]
+
+
+def test_the_joined_log(chains, tmp_path):
+    """The source and the joined config, then each chain's lines up to its score, with members counted on."""
+    run = tmp_path / "joined"
+    join.join(chains, run)
+    source, name, _ = audit.split_log((run / "log.txt").read_bytes())
+    assert (source, name) == (SOURCE, "s.py")
+    lines = lines_of(run)
+    assert json.loads(lines[0].removeprefix("config "))["members"] == 4 and lines[1].startswith("data ")
+    starts = [line.split(" of 2: ")[1] for line in lines if line.startswith("chain ")]
+    assert starts == ["1 rank(s), 10.0 s, seed 0", "3 rank(s), 20.0 s, seed 1"]
+    for word in ("step 1/1 ", "eval 1/2 ", "done: "):
+        members = [line.split()[1] for line in lines if f" {word}" in line]
+        assert members == ["1", "2", "3", "4"], word
+    assert not any(line.startswith("val_loss") for line in lines)
+
+
+def test_runs_of_one_model_and_of_an_older_script(tmp_path):
+    """Their lines name no member, and an evaluation was called a probe."""
+    runs = [make_run(tmp_path / str(seed), seed, word="probe") for seed in (3, 4, 5)]
+    assert join.join(runs, tmp_path / "joined") == 3
+    lines = lines_of(tmp_path / "joined")
+    for word in ("step 1/1 ", "probe 1/2 "):
+        assert [line.split(word)[0] for line in lines if word in line] == [
+            "member 1 ",
+            "member 2 ",
+            "member 3 ",
+        ]
+
+
+def test_a_damaged_checkpoint_is_passed_over(chains, tmp_path):
+    """As when training is resumed: the one before it counts."""
+    (chains[0] / "state-20000001.0123456789abcdef.pt").write_bytes(b"damaged")
+    assert join.join(chains, tmp_path / "joined") == 4
+
+
+# ---- refusals
+
+
+def unfinished(run):
+    (run / "record.json").unlink()
+
+
+def without_config(run):
+    (run / "config.json").unlink()
+
+
+def damaged_config(run):
+    (run / "config.json").write_text("{")
+
+
+def without_state(run):
+    for path in run.glob("state-*"):
+        path.unlink()
+
+
+def without_weights(run):
+    next(iter(run.glob("weights-0000001.*"))).unlink()
+
+
+def damaged_weights(run):
+    path = next(iter(run.glob("weights-0000001.*")))
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def damaged_log(run):
+    (run / "log.txt").write_text("==== source")
+
+
+def pickled_state(run):
+    """A pickle that would run code is not loaded, even under the right name."""
+    without_state(run)
+
+    class Code:
+        def __reduce__(self):
+            return print, ("this must not run",)
+
+    save(run, "state", 2 * 10**7, Code())
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (unfinished, "not the folder of a finished run"),
+        (without_config, "config.json: No such file"),
+        (damaged_config, "damaged"),
+        (without_state, "no undamaged checkpoint"),
+        (pickled_state, "no undamaged checkpoint"),
+        (without_weights, "the weights of member 2 are missing or damaged"),
+        (damaged_weights, "the weights of member 2 are missing or damaged"),
+        (damaged_log, "damaged"),
+        (shutil.rmtree, "not the folder of a finished run"),
+    ],
+)
+def test_a_run_that_cannot_be_joined(chains, tmp_path, capsys, spoil, words):
+    spoil(chains[1])
+    assert_refused(capsys, tmp_path, [*chains, "--run_dir", tmp_path / "joined"], [str(chains[1]), words])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(seed=0), "same seeds"),
+        (dict(seed=1000), "same seeds"),
+        (dict(seed=1, members=3), "differs from"),
+        (dict(seed=1, epochs=2.0), "differs from"),
+        (dict(seed=1, source=b"print('another')\n"), "differs from"),
+        (dict(seed=1, chains=2), "has chains or a student already"),
+        (dict(seed=1, student="dropout=0.1"), "has chains or a student already"),
+    ],
+)
+def test_runs_that_do_not_fit(chains, tmp_path, capsys, change, words):
+    other = make_run(tmp_path / "other", **dict(members=2) | change)
+    argv = [chains[0], other, "--run_dir", tmp_path / "joined"]
+    assert_refused(capsys, tmp_path, argv, [str(other), words])
+
+
+def test_a_trial_beside_a_run(chains, tmp_path, capsys):
+    """--steps must be the same for both."""
+    path = chains[1] / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": 5}))
+    argv = [*chains, "--run_dir", tmp_path / "joined"]
+    assert_refused(capsys, tmp_path, argv, [str(chains[1]), "differs from"])
+
+
+def test_mistakes_on_the_command_line(chains, tmp_path, capsys):
+    assert_refused(capsys, tmp_path, [*chains], ["--run_dir"])
+    assert_refused(capsys, tmp_path, [chains[0], "--run_dir", tmp_path / "joined"], ["several runs"])
+    argv = [*chains, "--run_dir", chains[0]]
+    assert_refused(capsys, tmp_path, argv, ["exists already"])
+
+
+def test_a_folder_that_cannot_be_written(chains, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    argv = [*chains, "--run_dir", tmp_path / "file" / "joined"]
+    assert_refused(capsys, tmp_path, argv, ["file"])
+
+
+def assert_refused(capsys, tmp_path, argv, words):
+    """One line, exit status 2, and nothing is left behind."""
+    before = sorted(path.name for path in tmp_path.iterdir())
+    status, _, err = run_main(capsys, *argv)
+    assert status == 2 and err.count("\n") == 1 and err.startswith("join.py: "), err
+    assert all(word in err for word in words), err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -1,0 +1,195 @@
+"""data/prepare.py: tokenizers, shards, splits, and the user's own text."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+from data import prepare
+
+sys.path.insert(0, str(ROOT / "records"))
+import audit
+
+pytestmark = pytest.mark.contract
+
+BOS = 256
+
+needs_gpt2 = pytest.mark.skipif(
+    "TIKTOKEN_CACHE_DIR" not in os.environ,
+    reason="TIKTOKEN_CACHE_DIR names no folder with GPT-2's vocabulary, and tests fetch nothing",
+)
+
+
+def test_byte_tokenizer():
+    encoding = prepare.get_encoding("bytes")
+    text = "héllo\n\tworld 🙂 <|endoftext|>"
+    assert encoding.encode_ordinary(text) == list(text.encode())
+    assert encoding.decode(list(text.encode())) == text
+    assert (encoding.n_vocab, encoding.eot_token) == (257, 256)
+
+
+def test_splits_begin_at_documents():
+    """Documents of 10, 11, 12, ... letters, a, b, c, ...; the third one is cut, and its rest is dropped."""
+    texts = {str(i): chr(97 + i) * (10 + i) for i in range(20)}
+    counts = {"val": 25, "test": 30, "train": 1000}
+    splits = prepare.encode_documents(list(texts), lambda name: texts[name].encode(), BOS, counts, "x")
+    assert (len(splits["val"]), len(splits["test"])) == (25, 30)
+    letters = splits["val"][splits["val"] != BOS]
+    assert bytes(letters.astype(np.uint8)) == b"a" * 10 + b"b" * 11 + b"c"
+    assert splits["test"][0] == splits["train"][0] == BOS and splits["test"][1] == ord("d")
+    rest = sum(1 + len(text) for text in list(texts.values())[6:])
+    assert len(splits["train"]) == rest
+
+
+def test_shard_is_what_llm_c_writes(tiny_data):
+    """A header of 256 little-endian int32: magic, version, length; then uint16."""
+    raw = (tiny_data / "train.bin").read_bytes()
+    header = np.frombuffer(raw[:1024], "<i4")
+    assert list(header[:4]) == [20240520, 1, 30_000, 0] and not header[4:].any()
+    assert len(raw) == 1024 + 60_000
+    meta = json.loads((tiny_data / "meta.json").read_text())
+    assert meta["tokens"] == {"val": 3010, "test": 3000, "train": 30_000}
+    val = audit.read_shard(tiny_data / "val.bin", meta["sha256"]["val.bin"])
+    assert meta["text_bytes"]["val"] == int((val != BOS).sum())
+
+
+@pytest.mark.parametrize("name", ["pocket", "pocket_long", pytest.param("mini", marks=needs_gpt2)])
+def test_the_torch_source_is_the_same_everywhere(tmp_path, monkeypatch, name):
+    """The shards of the pinned torch release have the hashes that prepare.py and tracks.json hold.
+
+    pocket_long is pocket with a longer training text: what precedes it, and its beginning, are the same
+    bytes.
+    """
+    version = importlib.metadata.version("torch")
+    if version.split("+")[0] != prepare.TORCH:
+        pytest.skip(f"{name} is made from torch {prepare.TORCH}, this is {version}")
+    monkeypatch.setattr(prepare, "ROOT", tmp_path)
+    if name == "pocket":
+        prepare.prepare_pocket(tmp_path / "pocket")
+    else:
+        prepare.main([name])
+    recipe = {"pocket": prepare.POCKET, "pocket_long": prepare.POCKET_LONG, "mini": prepare.MINI}[name]
+    dataset = audit.read_tracks()["datasets"][name.removesuffix("_long")]
+    meta = json.loads((tmp_path / name / "meta.json").read_text())
+    assert meta["sha256"] == recipe["sha256"] and meta["tokens"] == recipe["tokens"]
+    assert meta["vocab_size"] == dataset["vocab_size"]
+    assert meta["text_bytes"] == {"val": dataset["val_bytes"], "test": dataset["test_bytes"]}
+    hashes = meta["sha256"]
+    if name == "pocket_long":
+        train = audit.read_shard(tmp_path / name / "train.bin")
+        beginning = b"".join(prepare.shard_bytes(train[: prepare.POCKET["tokens"]["train"]]))
+        hashes["train.bin"] = hashlib.sha256(beginning).hexdigest()
+    assert hashes == dataset["sha256"]
+
+
+def test_changed_source_is_noticed_before_anything_is_written(tmp_path):
+    splits = {name: np.array([BOS, 1, 2], np.uint16) for name in ("val", "test", "train")}
+    with pytest.raises(prepare.DataError, match="val.bin with sha256"):
+        prepare.write_dataset(tmp_path / "d", splits, "bytes", "some source", {"val.bin": "0" * 64})
+    assert not (tmp_path / "d").exists()
+
+
+def test_prepared_again_under_a_reader(tmp_path):
+    """Whole data is not touched, so no reader misses it; what is damaged is written again."""
+    splits = {name: np.arange(2000, dtype=np.uint16) % 256 for name in ("val", "test", "train")}
+
+    def write():
+        prepare.write_dataset(tmp_path, splits, "bytes", "x")
+        return {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.*")}
+
+    before = write()
+    assert write() == before and len(before) == 4
+    content = (tmp_path / "val.bin").read_bytes()
+    (tmp_path / "val.bin").write_bytes(content[:-2])
+    write()
+    assert (tmp_path / "val.bin").read_bytes() == content
+
+
+# ---- the user's own text
+
+
+def run_prepare(capsys, *argv):
+    """(exit status, what it printed as errors) of a command line."""
+    try:
+        prepare.main([str(word) for word in argv])
+        status = 0
+    except SystemExit as stopped:
+        status = stopped.code
+    return status, capsys.readouterr().err
+
+
+def test_text(tmp_path, capsys):
+    """One file is enough: it is cut into documents at line ends, and nothing is lost or doubled."""
+    text = "".join(f"line {i} of the text\n" for i in range(30_000))
+    (tmp_path / "a.txt").write_text(text)
+    status, _ = run_prepare(capsys, "text", tmp_path / "a.txt", "--out", tmp_path / "out")
+    assert status == 0
+    for name in ("val", "test", "train"):
+        assert audit.read_shard(tmp_path / "out" / f"{name}.bin")[0] == BOS
+    train = audit.read_shard(tmp_path / "out" / "train.bin")
+    for document in np.split(train, np.flatnonzero(train == BOS)[1:]):
+        piece = bytes(document[1:].astype(np.uint8))
+        assert text.encode().count(piece) == 1 and piece.endswith(b"\n")
+
+
+@pytest.mark.parametrize("size", [40_000, 100_000, 400_000])
+def test_little_text_is_kept(tmp_path, capsys, size):
+    """Of a small file hardly anything is lost where the splits meet.
+
+    That is at two places, a document at most, which is a quarter of a split of 5% and one line more.
+    """
+    (tmp_path / "a.txt").write_text("".join(f"line {i:05} of the text\n" for i in range(size // 23)))
+    status, _ = run_prepare(capsys, "text", tmp_path / "a.txt", "--out", tmp_path / "out")
+    assert status == 0
+    tokens = json.loads((tmp_path / "out" / "meta.json").read_text())["tokens"]
+    whole = (tmp_path / "a.txt").stat().st_size
+    assert sum(tokens.values()) >= whole - 2 * (0.05 / 4 * whole + 23)
+
+
+@pytest.mark.parametrize(
+    "content, options, message",
+    [
+        (None, [], "No such file"),
+        (b"\xff\xfe\x00", [], "not UTF-8"),
+        (b"too short", [], "too little text"),
+        (b"x\n" * 50_000, ["--holdout", "0.7"], "--holdout"),
+    ],
+)
+def test_bad_text_is_one_line(tmp_path, capsys, content, options, message):
+    if content is not None:
+        (tmp_path / "a.txt").write_bytes(content)
+    status, err = run_prepare(capsys, "text", tmp_path / "a.txt", "--out", tmp_path / "out", *options)
+    assert status == 2 and message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@needs_gpt2
+def test_gpt2_tokens(tmp_path, capsys):
+    """The same shards with GPT-2's vocabulary."""
+    encoding = prepare.get_encoding("gpt2")
+    assert (encoding.n_vocab, encoding.eot_token) == (50257, 50256)
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"Sentence number {i} of this text.\n" for i in range(20_000)))
+    status, _ = run_prepare(capsys, "text", path, "--out", tmp_path / "out", "--tokenizer", "gpt2")
+    assert status == 0
+    meta = json.loads((tmp_path / "out" / "meta.json").read_text())
+    val = audit.read_shard(tmp_path / "out" / "val.bin")
+    text = encoding.decode([int(i) for i in val if i != encoding.eot_token])
+    assert meta["vocab_size"] == 50257 and meta["text_bytes"]["val"] == len(text.encode())
+
+
+def test_gpt2_without_its_vocabulary_is_one_line(tmp_path, capsys, monkeypatch):
+    def fail(name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(prepare.tiktoken, "get_encoding", fail)
+    path = tmp_path / "a.txt"
+    path.write_text("x\n" * 50_000)
+    status, err = run_prepare(capsys, "text", path, "--out", tmp_path / "out", "--tokenizer", "gpt2")
+    assert status == 2 and "TIKTOKEN_CACHE_DIR" in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
