@@ -2017,13 +2017,19 @@ def memory_estimate(model, m):
     rows = min(c.batch_tokens // c.seq_len // m.world_size, c.device_tokens // c.seq_len)
     n_layers = max(len(phase.layers) for phase in model.batches.phases)
     # What torch.compile keeps of a layer for its backward pass, in numbers per token.
-    per_layer = (15 + 2 * c.value_proj) * c.n_embd + 3 * c.mlp_hidden
+    per_layer = (13.5 + 2 * c.value_proj) * c.n_embd + 3 * c.mlp_hidden
+    # Muon keeps one number per weight, AdamW two.
+    optimizers = [entry.optimizer for entry in param_table(c).values()]
+    sizes_of_params = map(math.prod, param_shapes(c).values())
+    kept = sum(
+        size * (4 if name == "muon" else 8) for name, size in zip(optimizers, sizes_of_params, strict=True)
+    )
     sizes = {
         "weights": 4 * n_weights,
-        "optimizer": 4.1 * n / m.world_size,
+        "optimizer": kept / m.world_size,
         "gradients": 4 * n,
         "activations": low * (rows * c.seq_len * n_layers * per_layer + n),
-        "logits": c.loss_chunk * c.vocab_size * (2 * low + 4),
+        "logits": c.loss_chunk * c.vocab_size * (30 if model.teachers else 16),
     }
     return {kind: size / 1e9 for kind, size in sizes.items()}
 

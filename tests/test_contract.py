@@ -323,7 +323,7 @@ def test_evaluations_read_the_stream_that_is_scored(tiny_data, cli, tmp_path):
     needs("evals", "eval_windows")
     run = tmp_path / "run"
     recipe = TINY | dict(evals=13, eval_windows=40)
-    assert cli(*options(**recipe, data=tiny_data), "--run_dir", run, *PLAIN)[0] == 0
+    assert cli(*options(**recipe, data=tiny_data), "--run_dir", run, "--steps", 13, *PLAIN)[0] == 0
     form = r"eval (\d+)/(\d+) val_loss (\d+\.\d+) on 40 windows of 64 tokens spread over validation"
     found = [re.fullmatch(form, line) for line in log_lines(run) if line.startswith("eval ")]
     assert len(found) == 12 and all(found)
@@ -344,22 +344,21 @@ def test_evaluations_read_the_stream_that_is_scored(tiny_data, cli, tmp_path):
 
 
 def test_killed_again_and_again(tiny_data, recipe_run, tmp_path):
-    """SIGKILL before the first checkpoint, between two, while one is written, in the last model of an
-    ensemble, and when there is only the scoring left: in the end the run is the one that nobody killed, and
-    what was finished was not trained again."""
+    """SIGKILL before the first checkpoint, while one is written, in the last model of an ensemble, and when
+    there is only the scoring left: in the end the run is the one that nobody killed, and what was finished
+    was not trained again."""
     run = tmp_path / "run"
     steps = [line.split(" epoch ")[0] for line in steps_of(recipe_run)]
     quarter = len(steps) // 4
     n_weights = len(list(recipe_run.glob("weights-*.pt")))
 
     def being_saved():
-        if not has_logged(run, steps[quarter + 3]):
+        if not has_logged(run, steps[quarter]):
             return False
         return list(run.glob("state-*.tmp")) or has_logged(run, steps[2 * quarter])
 
     moments = {
         "early": lambda: (run / "log.txt").exists() and (run / "log.txt").stat().st_size > 0,
-        "between checkpoints": lambda: has_logged(run, steps[quarter]),
         "while one is written": being_saved,
         "in the last model": lambda: has_logged(run, steps[3 * quarter]),
         "scoring": lambda: len(list(run.glob("weights-*.pt"))) == n_weights,
@@ -438,6 +437,15 @@ def test_full_disk(finished_run, cli, copy_of_stopped):
     assert not list(run.glob("*.tmp"))
     assert cli("--resume", run, *PLAIN)[0] == 0
     assert_same_end(run, finished_run)
+
+
+def test_full_disk_while_scoring(finished_run, tiny_data, cli, tmp_path):
+    """There is no file that somebody could take for a score."""
+    out = tmp_path / "nll.npy"
+    with largest_file(5000):  # 3,010 numbers take more
+        status, _, err = cli("--score", finished_run, "--tokens", tiny_data / "val.bin", "--nll", out, *PLAIN)
+    assert status not in (0, 2) and err.count("\n") == 1, err
+    assert not list(tmp_path.glob("*.npy"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped"])
