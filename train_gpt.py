@@ -2012,24 +2012,27 @@ def memory_estimate(model, m):
     tests/test_dry_run.py holds it to 10% of a simulated step."""
     c = model.c
     low = m.dtype.itemsize
+    table = param_table(c)
+    sizes_of = {name: math.prod(shape) for name, shape in param_shapes(c).items()}
     n = n_params(c)
     n_weights = n * (2 if c.ema else 1) + (n_params(model.teachers[0].c) if model.teachers else 0)
+    moments = {"muon": 1, "adamw": 2}
+    n_moments = sum(moments[table[name].optimizer] * size for name, size in sizes_of.items())
     rows = min(c.batch_tokens // c.seq_len // m.world_size, c.device_tokens // c.seq_len)
+    tokens = rows * c.seq_len
     n_layers = max(len(phase.layers) for phase in model.batches.phases)
     # What torch.compile keeps of a layer for its backward pass, in numbers per token.
-    per_layer = (13.5 + 2 * c.value_proj) * c.n_embd + 3 * c.mlp_hidden
-    # Muon keeps one number per weight, AdamW two.
-    optimizers = [entry.optimizer for entry in param_table(c).values()]
-    sizes_of_params = map(math.prod, param_shapes(c).values())
-    kept = sum(
-        size * (4 if name == "muon" else 8) for name, size in zip(optimizers, sizes_of_params, strict=True)
-    )
+    per_layer = (10 + 2 * c.value_proj + c.attn_gate + (c.dropout > 0)) * c.n_embd + 3 * c.mlp_hidden
+    # The head's copy in low precision, a teacher's, and the gradient of the micro-batch at hand.
+    heads = (low * (2 if model.teachers else 1) + 4) * sizes_of["lm_head"]
+    # Buffers that a compiled chunk_grad() holds: so many in low precision, and so many in float32.
+    per_logit = 3 * low + 6 * 4 if model.teachers else 2 * low + 3 * 4
     sizes = {
         "weights": 4 * n_weights,
-        "optimizer": kept / m.world_size,
+        "optimizer": 4 * n_moments / m.world_size,
         "gradients": 4 * n,
-        "activations": low * (rows * c.seq_len * n_layers * per_layer + n),
-        "logits": c.loss_chunk * c.vocab_size * (30 if model.teachers else 16),
+        "activations": low * (tokens * (n_layers * per_layer + 5 * c.n_embd) + n) + heads,
+        "logits": min(tokens, c.loss_chunk) * c.vocab_size * per_logit,
     }
     return {kind: size / 1e9 for kind, size in sizes.items()}
 
@@ -2066,7 +2069,8 @@ def dry_run(c, n_ranks):
         together = sum(memory.values())
         peak = max(peak, together)
         sizes = ", ".join(f"{kind} {size:.2f}" for kind, size in memory.items())
-        print(f"  memory of each in GB, estimated: {sizes}; together {together:.2f}")
+        print(f"  memory of each, estimated: {together:.2f} GB")
+        print(f"    {sizes}")
         print(f"  each sends {8e-9 * n * (n_ranks - 1) / n_ranks:.3g} GB in a step")
         checkpoint = memory["weights"] + memory["optimizer"] * n_ranks
         n_saves = 1 + len(phases) // model.c.save_every

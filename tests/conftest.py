@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 pytest.register_assert_rewrite("runs")
@@ -133,30 +132,3 @@ def pocket():
     """The pocket shards, prepared where they are missing."""
     if not (ROOT / "data" / "pocket" / "meta.json").exists():
         prepare.prepare_pocket()
-
-
-# ---- for reference tests: inside train_gpt.py
-
-
-@pytest.fixture
-def machine():
-    """The machine that tests of functions run on: a GPU where there is one, float32, nothing compiled."""
-    import train_gpt as t
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return t.Machine(device, torch.float32, block=t.block, chunk_grad=t.chunk_grad)
-
-
-@pytest.fixture
-def params():
-    """Weights of a size that makes every part of the model matter; those of a fresh model are zero in many
-    places."""
-    import train_gpt as t
-
-    def make(c, seed=0, device=None):
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        g = torch.Generator().manual_seed(seed)
-        shapes = t.param_shapes(c)
-        return {name: (torch.randn(shape, generator=g) * 0.3).to(device) for name, shape in shapes.items()}
-
-    return make

@@ -154,6 +154,8 @@ def largest_model(c, n_ranks=1, compiled=True, attention="varlen"):
     dtype = torch.float32 if c.dtype == "fp32" else torch.bfloat16
     chunk_grad = t.chunk_grad
     m = t.Machine(torch.device("cpu"), dtype, 0, n_ranks, attention, compiled, t.block, chunk_grad)
+    # As few tokens as keep every phase: how many there are costs no memory, but time to look through.
+    c = dataclasses.replace(c, train_tokens=4 * c.batch_tokens)
     inputs = np.broadcast_to(np.uint16(0), (c.train_tokens, 1))
     return t.training_plan(c, inputs, m)[-1], m
 

@@ -3,14 +3,13 @@
 import contextlib
 import io
 import os
-import signal
-import sys
 
 import numpy as np
 import torch
 
+import runs
 import train_gpt as t
-from conftest import ROOT, TINY
+from runs import ROOT, TINY
 
 BOS = 256
 
@@ -47,6 +46,7 @@ def float64():
 # The same for a process of its own, from its command line on.
 FLOAT64_PROCESS = """
 import torch
+import torch._dynamo  # which the first backward pass imports, for seconds: once here, not in each forked process
 torch.float32 = torch.float64
 torch.Tensor.float = torch.Tensor.double
 torch.set_default_dtype(torch.float64)
@@ -98,26 +98,15 @@ def head_logits(h, w, c):
 def run_main(*argv):
     """Run a command line of the imported script, whose functions a test may have replaced. Returns (exit
     status, what it printed, what it printed as errors)."""
-    argv_before = sys.argv
     functions = t.sample, t.ask_referee
     exec(QUICK_END, {"t": t})
-    threads = torch.get_num_threads()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    sys.argv = ["train_gpt.py", *map(str, argv)]
     out = io.StringIO()
     err = io.StringIO()
-    status = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            t.main()
-    except SystemExit as stopped:
-        status = stopped.code or 0
+            status = runs.in_this_process(t.main, [ROOT / "train_gpt.py", *argv])
     finally:
-        sys.argv = argv_before
         t.sample, t.ask_referee = functions
-        torch.set_num_threads(threads)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return status, out.getvalue(), err.getvalue()
 
 

@@ -149,7 +149,7 @@ class Forked:
     which saves seconds."""
 
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torch", "torch.distributed", "numpy", "tqdm"])
+    server.set_forkserver_preload(["torch._dynamo", "torch.distributed", "numpy.random", "tqdm"])
     started = []
 
     def __init__(self, argv, folder, **env):

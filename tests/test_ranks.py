@@ -12,15 +12,16 @@ import pytest
 import torch
 
 import train_gpt as t
-from conftest import PLAIN, ROOT, TINY, options
 from reference import EXACT, FLOAT64_PROCESS, QUICK_END, environment, weights_of
+from runs import PLAIN, ROOT, TINY, options
 
 pytestmark = pytest.mark.reference
 
 # Bags, loops and a chain of two, for every kind of parameter. Three layers make 15 matrices: no number of
 # ranks divides every bank. Eight rows make a batch.
 EVERYTHING = TINY | dict(
-    device_tokens=128,
+    device_tokens=256,
+    loss_chunk=200,
     train_tokens=8000,
     members=2,
     distill_alpha=0.4,

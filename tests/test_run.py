@@ -7,15 +7,14 @@ import math
 import shutil
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 
 import train_gpt as t
-from conftest import PLAIN, ROOT, TINY, options, resume, start
 from reference import EXACT, QUICK_END, config, environment, float64, run_main, weights_of
+from runs import PLAIN, ROOT, TINY, options, record_of, resume, start, wait_for
 
 pytestmark = pytest.mark.reference
 
@@ -25,10 +24,6 @@ def told(run):
     wanted = ("step ", "eval ", "val_loss ", "member ", "model ")
     _, _, text = (run / "log.txt").read_text().partition(t.SOURCE_END)
     return [line.split(" tok/s")[0] for line in text.splitlines() if line.startswith(wanted)]
-
-
-def record_of(run):
-    return json.loads((run / "record.json").read_text())
 
 
 def assert_same_end(run, undisturbed):
@@ -41,13 +36,6 @@ def assert_same_end(run, undisturbed):
     (state,) = t.saved(run, "state")
     assert state.stat().st_size < 5000  # what is left holds the clock and no weights
     assert not list(run.glob("*.tmp"))
-
-
-def wait_for(condition, process):
-    limit = time.monotonic() + 300  # only ends a test that would hang
-    while not condition():
-        assert process.poll() is None and time.monotonic() < limit, process.wait()
-        time.sleep(0.001)
 
 
 def train_tiny(data, run, *argv, **changes):
@@ -183,6 +171,8 @@ def test_a_steps_line_has_the_cross_entropy_alone(tiny_data, tmp_path, monkeypat
 # ---- several models in one run
 
 CHAIN = TINY | dict(
+    device_tokens=512,
+    loss_chunk=300,
     members=3,
     distill_alpha=0.4,
     distill_temp=1.2,
@@ -233,6 +223,7 @@ def test_a_killed_chain_ends_as_if_it_had_not_been(tiny_data, chain, tmp_path, w
 KILLS = (
     """
 import os, pathlib, random, signal, sys, time
+import torch._dynamo
 import train_gpt as t  # once: a process forked from here begins in no time
 """
     + QUICK_END
