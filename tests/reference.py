@@ -46,7 +46,7 @@ def float64():
 # The same for a process of its own, from its command line on.
 FLOAT64_PROCESS = """
 import torch
-import torch._dynamo  # which the first backward pass imports, for seconds: once here, not in each forked process
+import torch._dynamo  # which the first backward pass imports, for seconds: once, not in each forked process
 torch.float32 = torch.float64
 torch.Tensor.float = torch.Tensor.double
 torch.set_default_dtype(torch.float64)
