@@ -27,30 +27,39 @@ def config(**changes):
     return t.Config(**(TINY | dict(vocab_size=257, bos_id=BOS) | changes))
 
 
+class Float64Torch:
+    """What the script sees as torch: float32 is float64. For everyone else torch stays what it is."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
 @contextlib.contextmanager
 def float64():
     """Let the script compute in float64 whatever it computes in float32."""
-    float32 = torch.float32
     to_float32 = torch.Tensor.float
-    torch.float32 = torch.float64
+    default = torch.get_default_dtype()
+    t.torch = Float64Torch()
     torch.Tensor.float = torch.Tensor.double
     torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
-        torch.float32 = float32
+        t.torch = torch
         torch.Tensor.float = to_float32
-        torch.set_default_dtype(float32)
+        torch.set_default_dtype(default)
 
 
-# The same for a process of its own, from its command line on.
+# The same for a process of its own, to its end. The first backward pass imports torch._dynamo, which takes
+# seconds: once here, not in each process that is forked.
 FLOAT64_PROCESS = """
-import torch
-import torch._dynamo  # which the first backward pass imports, for seconds: once, not in each forked process
-torch.float32 = torch.float64
-torch.Tensor.float = torch.Tensor.double
-torch.set_default_dtype(torch.float64)
+import torch._dynamo
+import reference
 import train_gpt as t
+context = reference.float64()
+context.__enter__()
 """
 
 # What a run does at its end beside its score takes longer than the training of a tiny model, and is tested
@@ -64,7 +73,7 @@ t.ask_referee = lambda *args: None
 def make_machine(**changes):
     """A GPU where there is one, float32 (or float64, see above), nothing compiled."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    m = t.Machine(device, torch.float32, block=t.block, chunk_grad=t.chunk_grad)
+    m = t.Machine(device, t.torch.float32, block=t.block, chunk_grad=t.chunk_grad)
     for name, value in changes.items():
         setattr(m, name, value)
     return m
@@ -113,7 +122,7 @@ def run_main(*argv):
 def environment(**changes):
     """Of a process of its own that imports the script. One thread: several wait for each other where others
     work."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | changes
+    return os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"} | changes
 
 
 def weights_of(run):

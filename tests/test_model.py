@@ -81,7 +81,7 @@ def random_heads(tokens, n_head=3, head_dim=8):
 def test_attention_is_a_masked_softmax(exact, window):
     tokens = random_tokens(2, 48)
     q, k, v = random_heads(tokens)
-    mask = t.attention_masks(tokens == BOS, [window], "sdpa", torch.float32)[window]
+    mask = t.attention_masks(tokens == BOS, [window], "sdpa", q.dtype)[window]
     assert_equal(t.attention(q, k, v, mask, "sdpa"), plain_attention(q, k, v, tokens, window))
 
 
@@ -93,7 +93,7 @@ def test_flex_sees_the_same_pairs(exact, monkeypatch):
     # which are as large as 10, in the exponent.
     bound = 16 * 10 * EPS
     for window in (50, 256):
-        mask = t.attention_masks(tokens == BOS, [window], "flex", torch.float32)[window]
+        mask = t.attention_masks(tokens == BOS, [window], "flex", q.dtype)[window]
         with torch.no_grad():
             heads = [x.transpose(1, 2) for x in (q, k, v)]
             y = t.flex.flex_attention(*heads, block_mask=mask).transpose(1, 2)
@@ -125,7 +125,7 @@ def test_varlen_sees_the_same_pairs(exact, monkeypatch, bos_share):
     tokens = random_tokens(2, 48, bos_share=bos_share).cpu()
     q, k, v = random_heads(tokens)
     for window in (5, 48):
-        mask = t.attention_masks(tokens == BOS, [window], "varlen", torch.float32)[window]
+        mask = t.attention_masks(tokens == BOS, [window], "varlen", q.dtype)[window]
         assert_equal(t.attention(q, k, v, mask, "varlen"), plain_attention(q, k, v, tokens, window))
 
 

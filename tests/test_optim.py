@@ -39,7 +39,7 @@ def test_orthogonalize_against_svd(exact, shape):
     u, _, vh = torch.linalg.svd(torch.randn(3, *shape, generator=g), full_matrices=False)
     s = torch.logspace(0, -2, u.size(-1))
     s = s / s.norm()
-    got = t.orthogonalize(5 * u * s @ vh, torch.float32)
+    got = t.orthogonalize(5 * u * s @ vh, torch.float64)
     # 1e-7 is added to the norm, here 5, against a division by zero: 2e-8 of each value, and a value near zero
     # comes out a thousand times as large.
     torch.testing.assert_close(got, u * polar_express(s) @ vh, rtol=0, atol=1000 * 2e-8)
@@ -69,7 +69,7 @@ def test_muon_step_written_out(exact, monkeypatch):
     v_ref = torch.zeros(2, 12, 1)
     for _ in range(3):
         grad = torch.randn(2, 12, 8, generator=g)
-        t.muon_update(w, grad, buffer, second, lr, wd, momentum, beta2, torch.float32)
+        t.muon_update(w, grad, buffer, second, lr, wd, momentum, beta2, torch.float64)
         m_ref = momentum * m_ref + (1 - momentum) * grad
         nesterov = momentum * m_ref + (1 - momentum) * grad
         o = exact_polar(nesterov / nesterov.norm(dim=-1, keepdim=True))  # MuonEq-R: rows of length one first
@@ -90,7 +90,7 @@ def test_cautious_decay_only_where_the_update_agrees(exact):
     for wd in (0.0, 1.0):
         result = w.clone()
         buffers = torch.zeros_like(w), torch.zeros(1, 4, 1)
-        t.muon_update(result, grad, *buffers, 0.1, wd, 0.9, 0.9, torch.float32)
+        t.muon_update(result, grad, *buffers, 0.1, wd, 0.9, 0.9, torch.float64)
         results.append(result)
     free, decayed = results
     shrinks = free < w

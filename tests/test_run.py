@@ -2,6 +2,7 @@
 be said through the command line alone is in test_contract.py."""
 
 import dataclasses
+import functools
 import json
 import math
 import shutil
@@ -156,7 +157,7 @@ def test_a_steps_line_has_the_cross_entropy_alone(tiny_data, tmp_path, monkeypat
         meta = json.loads((tiny_data / "meta.json").read_text())
         c = config(**changes)
         tokens = t.read_shard(tiny_data / "train.bin", 257, meta["sha256"]["train.bin"])
-        m = t.Machine(torch.device("cpu"), torch.float32)
+        m = t.Machine(torch.device("cpu"), torch.float64)
         lines = [line for line in told(run) if " step 1/" in line]
         for c_model, line in zip(t.model_configs(c), lines, strict=True):
             p = t.init_params(c_model)
@@ -464,7 +465,8 @@ def test_chains_trained_apart(tiny_data, tmp_path):
 
 def test_compiled_before_the_clock_and_never_again(tiny_data, tmp_path, monkeypatch):
     """All graphs of all phases, of members with and without a teacher and of a student, are made by
-    compile_all(), and none is broken: what would be compiled later is an error here."""
+    compile_all(), and none is broken: what would be compiled later is an error here. No C++ is written for
+    them, which would take minutes: test_model.py does that for one."""
     compile_all = t.compile_all
 
     def then_no_more(*args):
@@ -473,6 +475,7 @@ def test_compiled_before_the_clock_and_never_again(tiny_data, tmp_path, monkeypa
         return seconds
 
     monkeypatch.setattr(t, "compile_all", then_no_more)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     # Three rows a step, in micro-batches of two rows and of one, which do not fill a chunk.
@@ -487,6 +490,7 @@ def test_compiled_before_the_clock_and_never_again(tiny_data, tmp_path, monkeypa
         torch._dynamo.reset()
     assert status == 0 and "compiled: yes" in out, err
     assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 10
 
 
 def test_a_compiler_that_fails(tiny_data, tmp_path, monkeypatch):
