@@ -214,8 +214,7 @@ RANGES = (
 
 
 def check_config(c):
-    """Refuse what cannot be trained, before anything is loaded. Only real constraints: a new field needs no
-    line."""
+    """Refuse what cannot be trained, before anything is loaded. A new field needs no line here."""
     for names, low, high in RANGES:
         for name in names.split():
             value = getattr(c, name)
@@ -318,8 +317,7 @@ class Machine:
 
 
 def setup_machine(c, args):
-    """Find the device, join the other ranks if torchrun started several, choose dtype, attention and
-    compiler."""
+    """Find the device, join the other ranks if there are several, choose dtype and attention."""
     rank = int(os.environ.get("RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -345,16 +343,14 @@ def setup_machine(c, args):
         dist.init_process_group("nccl" if cuda else "gloo")
     use_bf16 = has_bf16 if c.dtype == "auto" else c.dtype == "bf16"
     m = Machine(device, torch.bfloat16 if use_bf16 else torch.float32, rank, world_size)
-    m.reasons["dtype"] = (
-        f"{'bf16' if use_bf16 else 'fp32'} (the processor {'has' if has_bf16 else 'lacks'} bf16)"
-    )
+    name = "bf16" if use_bf16 else "fp32"
+    m.reasons["dtype"] = f"{name} (the processor {'has' if has_bf16 else 'lacks'} bf16)"
     choose_attention(m, c, args.attention)
     return m
 
 
 def choose_attention(m, c, wanted):
-    """The first of varlen flash attention, FlexAttention and SDPA that works here, tried forward and
-    backward."""
+    """The first of varlen flash attention, FlexAttention and SDPA that works here, both ways."""
     available = ("varlen", "flex", "sdpa") if m.device.type == "cuda" else ("sdpa",)
     require(wanted in ("auto", *available), f"--attention {wanted}: needs a GPU; use --attention sdpa")
     failures = []
@@ -398,9 +394,8 @@ def set_compiled(m, wanted, train_flops=math.inf, failure=None):
     m.block = block
     m.chunk_grad = chunk_grad
     if m.compiled:
-        torch._dynamo.config.recompile_limit = (
-            64  # windows, phases and last micro-batches have their own shapes
-        )
+        # Windows, phases and last micro-batches have shapes of their own.
+        torch._dynamo.config.recompile_limit = 64
         m.block = torch.compile(block, dynamic=False)
         m.chunk_grad = torch.compile(chunk_grad, dynamic=False)
 
@@ -426,8 +421,7 @@ def hardware(m):
 
 
 def seconds_waited():
-    """Seconds that this process's threads were ready to run but had no processor; 0 where the system keeps
-    no count."""
+    """Seconds that this process's threads waited for a processor; 0 where the system keeps no count."""
     waited = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
         with contextlib.suppress(OSError):  # a thread may end meanwhile
@@ -496,8 +490,7 @@ def of_data(c, meta):
 
 
 def read_shard(path, vocab_size, sha256=None):
-    """Token ids of a shard, uint16 [n], memory-mapped, after every check that the file is what it says it
-    is."""
+    """Token ids of a shard, uint16 [n], memory-mapped, after every check of the file."""
     try:
         size = os.path.getsize(path)
         header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
@@ -539,8 +532,7 @@ def n_lookups(c):
 
 
 class Streams:
-    """Independent streams of ids [n_streams, length], laid end to end, with what look-ups need to know of
-    them."""
+    """Independent streams of ids [n_streams, length], laid end to end, and what look-ups need of them."""
 
     def __init__(self, streams, bos_id):
         self.tokens = streams.reshape(-1)
@@ -709,15 +701,21 @@ class Loader:
 
 
 class Batches:
-    """What one model trains on, step by step: bags first, if it has any, then single tokens. A function of
-    the step."""
+    """What one model trains on at each step: bags first, if it has any, then single tokens."""
 
     def __init__(self, inputs, c, m, steps=None):
         self.plain = Loader(inputs, c, m.rank, m.world_size)
         self.steps = min(self.plain.steps, steps or self.plain.steps)
-        self.phases = [phase_schedule((step + 0.5) / self.steps, c) for step in range(self.steps)]
+        self.phases = [phase_schedule(self.done(step), c) for step in range(self.steps)]
         self.n_bag_steps = sum(phase.bag_size > 1 for phase in self.phases)
-        self.bags = Loader(inputs, c, m.rank, m.world_size, c.bag_size)
+        self.bags = self.plain
+        if self.n_bag_steps:
+            self.bags = Loader(inputs, c, m.rank, m.world_size, c.bag_size)
+
+    def done(self, step):
+        """The fraction of training that is done in the middle of a step: neither the first nor the last step
+        is wasted on a rate of zero."""
+        return (step + 0.5) / self.steps
 
     def batch(self, step):
         if step < self.n_bag_steps:
@@ -753,15 +751,17 @@ class Param(NamedTuple):
     optimizer: str  # muon: matrices in the last two dimensions; adamw: anything
     lr: str  # the field of Config that holds its learning rate
     decay: bool  # weight decay applies
-    n_stack: (
-        int  # 0: the model has one. Else stored as [n_stack, *shape]; block() of layer i gets [i % n_stack]
-    )
+    n_stack: int  # 0: the model has one; else stored as [n_stack, *shape], of which layer i gets i % n_stack
     multiplied: bool  # every position is multiplied by it once (per layer that runs): counted in FLOPs
     used: bool  # by this config
 
 
 def constant(value):
     return lambda shape, g: torch.as_tensor(value, dtype=torch.float32).expand(shape).clone()
+
+
+def identity(shape, g):
+    return torch.eye(shape[-1]).expand(shape).clone()
 
 
 def normal(std):
@@ -772,15 +772,15 @@ def uniform(bound):
     return lambda shape, g: torch.empty(shape).uniform_(-bound, bound, generator=g)
 
 
-def attention_start(bound):
+def attention_init(bound):
     """For the attention bank: the output projection starts at zero, so that a fresh layer is the identity."""
 
-    def start(shape, g):
+    def init(shape, g):
         w = uniform(bound)(shape, g)
         w[:, 3] = 0
         return w
 
-    return start
+    return init
 
 
 GATE_CHANNELS = 32  # gates read only this many channels of the layer's input (Slowrun, modded-nanogpt)
@@ -807,12 +807,12 @@ def param_table(c):
     HEAD = ("adamw", "head_lr", True)
     SCALAR = ("adamw", "scalar_lr", False)
     # fmt: off
-    #                    shape                start                      kind  n_stack multiplied used
+    #                    shape                init                       kind  n_stack multiplied used
     table = {
         "wte":     Param((V, D),                normal(1.0),              *EMBED,  0, False, True),
         "lm_head": Param((V, D),                normal(0.001),            *HEAD,   0, True,  True),
         # q, k, v, o and, with value_proj, the projection of x0 into the values
-        "attn":    Param((n_square, D, D),      attention_start(bound),   *MATRIX, L, True,  True),
+        "attn":    Param((n_square, D, D),      attention_init(bound),    *MATRIX, L, True,  True),
         "mlp_in":  Param((2, c.mlp_hidden, D),  uniform(bound),           *MATRIX, L, True,  True),
         "mlp_out": Param((D, c.mlp_hidden),     constant(0.0),            *MATRIX, L, True,  True),
         "mix":     Param((2,),                  constant([1.1, 0.1]),     *SCALAR, L, False, True),
@@ -820,7 +820,7 @@ def param_table(c):
         "skip":    Param((c.n_layer // 2,),     constant(1.0),            *SCALAR, 0, False, has_skips),
         # a table for each look-up; its last row stands for NO_TOKEN
         "lookup":  Param((n_lookup, V + 1, D),  constant(0.0),            *EMBED,  0, False, has_lookups),
-        "iha":     Param((3, H, H),             constant(torch.eye(H)),   *SCALAR, L, False, c.iha),
+        "iha":     Param((3, H, H),             identity,                 *SCALAR, L, False, c.iha),
         "mtp":     Param((1, D, D),             uniform(bound),           *MATRIX, 0, False, has_mtp),
     }
     # fmt: on
@@ -848,8 +848,7 @@ def norm(x):
 
 
 def rope_tables(T, head_dim, device, dtype, base=10_000):
-    """cos and sin, [T, 1, head_dim/2]. Half of the frequencies are zero: half of a head carries no
-    position."""
+    """cos and sin, [T, 1, head_dim/2]. Half of the frequencies are zero: no position in half of a head."""
     pairs = head_dim // 4
     freqs = base ** -(torch.arange(pairs, device=device) / pairs)
     freqs = F.pad(freqs, (0, head_dim // 2 - pairs))
@@ -885,9 +884,8 @@ def attention_masks(starts, windows, impl, dtype):
         return {w: flex.create_block_mask(allowed(w), B, None, T, T, device=device) for w in windows}
     masks = {}
     for window in windows:
-        if (
-            2 * window <= T and T % window == 0
-        ):  # in blocks: queries [B, blocks, window], keys [B, blocks, 2 * window]
+        # A short window goes in blocks: queries [B, blocks, window], keys [B, blocks, 2 * window].
+        if 2 * window <= T and T % window == 0:
             document_q = document.unflatten(1, (-1, window))
             document_k = with_block_before(document, window)
         else:
@@ -904,8 +902,7 @@ def attention_masks(starts, windows, impl, dtype):
 
 
 def with_block_before(x, size):
-    """[B, T, ...] -> [B, T/size, 2*size, ...]: each block behind the one before it; zeros stand before the
-    first."""
+    """[B, T, ...] -> [B, T/size, 2*size, ...]: each block behind the one before, the first behind zeros."""
     blocks = x.unflatten(1, (-1, size))
     before = torch.cat([torch.zeros_like(blocks[:, :1]), blocks[:, :-1]], dim=1)
     return torch.cat([before, blocks], dim=2)
@@ -1030,9 +1027,11 @@ def flops_per_token(c, phase):
 # ---- objective ---------------------------------------------------------------------------------------------
 
 
-def softcapped(z, c):
-    """Float32 logits within +-c.softcap."""
-    return c.softcap * torch.tanh(z.float() / c.softcap)
+def head_logits(h, head, c):
+    """Float32 logits [..., V] within +-c.softcap, of hidden states h [..., D] under head [V', D]. V' is V
+    rounded up: the rows beyond V are not part of the model."""
+    logits = F.linear(h, head)[..., : c.vocab_size].float()
+    return c.softcap * torch.tanh(logits / c.softcap)
 
 
 def loss_function(logits, targets, c, teacher_logits=None):
@@ -1056,14 +1055,13 @@ def loss_function(logits, targets, c, teacher_logits=None):
 
 def chunk_grad(h, head, targets, scale, c, teacher_h=None, teacher_head=None):
     """((gradient of h, gradient of head), logged sums) of scale * loss_function for a chunk of hidden
-    states h [n, D] under head [V', D]. V' is V rounded up: the rows beyond V are not part of the model."""
+    states h [n, D] under a low_precision_head()."""
 
     def scaled_loss(h, head):
-        logits = softcapped(F.linear(h, head)[:, : c.vocab_size], c)
         teacher_logits = None
         if teacher_h is not None:
-            teacher_logits = softcapped(F.linear(teacher_h, teacher_head)[:, : c.vocab_size], c)
-        loss, logged = loss_function(logits, targets, c, teacher_logits)
+            teacher_logits = head_logits(teacher_h, teacher_head, c)
+        loss, logged = loss_function(head_logits(h, head, c), targets, c, teacher_logits)
         return scale * loss, logged
 
     return torch.func.grad(scaled_loss, argnums=(0, 1), has_aux=True)(h, head)
@@ -1212,8 +1210,7 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self, step, lr, wd, momentum):
-        """lr and wd: multiples of the config's (see schedules). Gradients are in p[name].grad and are
-        dropped."""
+        """lr and wd: multiples of the config's (see schedules). Drops the gradients, p[name].grad."""
         summed = {}  # name -> (gradient of this rank's shard, pending communication)
         for name, w in self.p.items():  # every sum is under way before the first update needs one
             grad = self.rows(name, torch.zeros_like(w) if w.grad is None else w.grad)
@@ -1251,8 +1248,7 @@ class MuonAdamW:
 
     @torch.no_grad()
     def state_dict(self):
-        """Every rank's state put together, on the CPU of the first, as one rank would have it: resumes on
-        any number."""
+        """Every rank's state put together, on the CPU of the first, as one rank would have it."""
         device = "cpu" if self.m.is_main else "meta"  # only the first writes it
         full = {}
         for name, w in self.p.items():
@@ -1276,8 +1272,7 @@ def pad_rows(x, n):
 
 
 def lr_schedule(done, c):
-    """Warmup, hold, warmdown: the multiple of every learning rate. `done` is taken in the middle of a step,
-    so that neither the first nor the last step is wasted on a rate of zero."""
+    """Warmup, hold, warmdown: the multiple of every learning rate."""
     if done < c.warmup:
         return done / c.warmup
     return min(1.0, (1 - done) / max(c.warmdown, 1e-9))
@@ -1352,8 +1347,7 @@ def save_tensors(folder, kind, number, content):
 
 
 def load_tensors(path):
-    """What save_tensors wrote, or None where the file is damaged. Unpickles nothing but tensors and
-    numbers."""
+    """What save_tensors wrote, or None where the file is damaged. Unpickles tensors and numbers alone."""
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest()[:16] != path.name.split(".")[-2]:
         return None
@@ -1451,9 +1445,8 @@ def stream_nll(p, inputs, c, m):
     for T, group in itertools.groupby(windows, key=lambda window: window[2]):
         shard = list(group)[m.rank :: m.world_size]
         n_rows = max(1, c.device_tokens // T)
-        for i in tqdm(
-            range(0, len(shard), n_rows), "scoring", unit="batch", delay=3, leave=False, disable=None
-        ):
+        firsts = range(0, len(shard), n_rows)
+        for i in tqdm(firsts, "scoring", unit="batch", delay=3, leave=False, disable=None):
             part = shard[i : i + n_rows]
             ids = np.stack([inputs[row, start : start + T + 1] for row, start, _, _ in part])
             ids = torch.from_numpy(ids.astype(np.int64)).to(m.device)
@@ -1469,8 +1462,7 @@ def token_nll(h, lm_head, targets, c):
     head = low_precision_head(lm_head, h.dtype)
     parts = []
     for part, target in zip(h.split(c.loss_chunk), targets.split(c.loss_chunk), strict=True):
-        logits = softcapped(F.linear(part, head)[:, : c.vocab_size], c)
-        parts.append(F.cross_entropy(logits, target, reduction="none"))
+        parts.append(F.cross_entropy(head_logits(part, head, c), target, reduction="none"))
     return torch.cat(parts)
 
 
@@ -1510,8 +1502,8 @@ def mean_nll(nll):
 
 def evaluation_inputs(inputs, c):
     """c.eval_windows windows of seq_len tokens, spread evenly over a stream's inputs [length, 1 +
-    n_lookups(c)]: [n, seq_len + 1, ...]. Scored as streams of their own they get what the whole stream's
-    windows get."""
+    n_lookups(c)]: [n, seq_len + 1, ...]. Scored as streams of their own, they get what consecutive windows of
+    the whole stream get."""
     T = min(c.seq_len, len(inputs) - 1)
     starts = np.arange(0, len(inputs) - T, T)
     chosen = np.linspace(0, len(starts) - 1, min(c.eval_windows, len(starts))).round().astype(int)
@@ -1585,7 +1577,7 @@ def sample(folder, c, m, lookup, prompt, n_tokens, temperature=0.8, top_p=0.95):
         for c_model, p in scored:
             x = torch.from_numpy(inputs[:, -c_model.seq_len :].astype(np.int64)).to(m.device)
             h = forward(p, x, c_model, m, phase_schedule(1.0, c_model))
-            logits = softcapped(F.linear(h[0, -1], p["lm_head"].to(h.dtype)), c_model)
+            logits = head_logits(h[0, -1], p["lm_head"].to(h.dtype), c_model)
             mean = mean + logits.softmax(-1).cpu() / len(scored)
         probs, order = (mean.log() / temperature).softmax(-1).sort(descending=True)
         probs[probs.cumsum(0) - probs >= top_p] = 0
@@ -1643,10 +1635,10 @@ class Model:
     teachers: list  # of the Models that it learns from
     name: str  # in the log, with a space behind it; empty where a run has only one
 
-    def step_flops(self, step):
-        """A backward pass costs two forward passes, a teacher one. One teacher is used at a time."""
+    def phase_flops(self, phase):
+        """FLOPs of a step. A backward pass costs two forward passes, a teacher one. One teacher is used at a
+        time."""
         c = self.c
-        phase = self.batches.phases[step]
         forward_flops = flops_per_token(c, phase)
         if c.mtp_weight:
             forward_flops += 2 * c.n_embd * (c.n_embd + c.vocab_size)
@@ -1657,8 +1649,14 @@ class Model:
         return c.batch_tokens * (3 * forward_flops + teacher_flops)
 
     @functools.cached_property
+    def step_flops(self):
+        """FLOPs of every step of its training."""
+        of_phase = {phase: self.phase_flops(phase) for phase in set(self.batches.phases)}
+        return [of_phase[phase] for phase in self.batches.phases]
+
+    @property
     def train_flops(self):
-        return sum(self.step_flops(step) for step in range(self.batches.steps))
+        return sum(self.step_flops)
 
 
 def training_plan(c, inputs, m, steps=None):
@@ -1687,11 +1685,12 @@ class Run:
     trial: bool  # cut short by --steps or resumed with another script: never a record
     plan: list
     lookup: Lookup
-    eval_inputs: np.ndarray
+    val_inputs: np.ndarray  # of the whole validation stream, [1, length, 1 + n_lookups(c)]
+    eval_inputs: np.ndarray  # of the windows that are evaluated during training
     log: Log
     # The model and step that come next; seconds on the track's clock and of compilation beside it; the
     # length of the log; the most ranks and threads that any part of the run had.
-    progress: dict = dataclasses.field(default_factory=dict)
+    progress: dict
     clock_start: float = 0.0  # where the clock would have begun, had the run never been interrupted
     stop_requested: list = dataclasses.field(default_factory=list)  # times of the signals that asked for it
     training_over: bool = False
@@ -1712,10 +1711,9 @@ def distinct_models(models):
 
 
 def compile_all(models, m):
-    """Compile every phase of training on made-up tokens; where that fails, train uncompiled. Returns the
-    seconds."""
+    """Compile every phase of training on made-up tokens, or go on uncompiled. Returns the seconds."""
     # Waiting for a rank that is late is not compilation, but waiting for the slowest compiler is.
-    all_reduce(m, torch.zeros(1, device=m.device)).item()
+    barrier(m)
     began = time.monotonic()
     if m.compiled and models:
         if m.is_main:
@@ -1725,7 +1723,7 @@ def compile_all(models, m):
                 compile_model(model, m)
         except RuntimeError as e:  # as which torch._dynamo passes on whatever the compiler ran into
             set_compiled(m, "auto", failure=f"the compiler failed, {first_line(e)}")
-    all_reduce(m, torch.zeros(1, device=m.device)).item()
+    barrier(m)
     return time.monotonic() - began
 
 
@@ -1803,8 +1801,7 @@ def train(run, state):
 
 
 def ask_referee(run, *options):
-    """Log what the track's rules make of the run so far. records/leaderboard.py decides that, from the
-    run's files."""
+    """Log what the track's rules make of the run so far. records/leaderboard.py decides that."""
     desk = HERE / "records" / "leaderboard.py"
     if run.m.is_main and desk.exists():
         command = [sys.executable, str(desk), "judge", str(run.folder), *options]
@@ -1839,7 +1836,7 @@ def load_teacher(run, model, step):
 def train_step(p, optimizer, model, step, m, teacher):
     """One optimizer step. Returns this rank's part of the logged losses, tensors by name."""
     c = model.c
-    done = (step + 0.5) / model.batches.steps
+    done = model.batches.done(step)
     x, y, n_targets = model.batches.batch(step)
     rows = c.device_tokens // c.seq_len
     losses = {}
@@ -1867,7 +1864,7 @@ def train_model(run, model, state):
     if state["params"]:
         optimizer.load_state_dict(state["optimizer"])
     eval_after = {round(n_steps * (i + 1) / c.evals) for i in range(c.evals - 1)}
-    flops_left = sum(model.step_flops(step) for step in range(first_step, n_steps))
+    flops_left = sum(model.step_flops[first_step:])
     flops_left += sum(later.train_flops for later in run.plan[model.number + 1 :])
     flops_done = 0
     began = time.monotonic()
@@ -1897,11 +1894,11 @@ def train_model(run, model, state):
             last = (saved(run.folder, "state") or ["none, this came before the first"])[-1]
             message = f"{where}: {terms}: the loss or a weight is not finite; last good checkpoint: {last}"
             raise UserError(message, status=1)
-        flops_done += model.step_flops(step)
-        flops_left -= model.step_flops(step)
+        flops_done += model.step_flops[step]
+        flops_left -= model.step_flops[step]
         seconds = time.monotonic() - began
         left = flops_left * seconds / flops_done  # of the whole run's training, at the speed so far
-        lr = lr_schedule((step + 0.5) / n_steps, c) * c.muon_lr
+        lr = lr_schedule(model.batches.done(step), c) * c.muon_lr
         speed = (step + 1 - first_step) * c.batch_tokens / seconds
         times = f"tok/s {speed:.0f} time {run.progress['seconds']:.1f}s left {left:.0f}s"
         line = f"{where} epoch {model.batches.epoch(step + 1):.3f} {terms} lr {lr:.5f} {times}"
@@ -1919,13 +1916,13 @@ def train_model(run, model, state):
     return ema or p
 
 
-def finish(run, val_tokens):
+def finish(run):
     """After the clock: score the final weights, write the record."""
     c = run.c
     m = run.m
     log = run.log
     progress = run.progress
-    nll = run_nll(run.folder, run.lookup.inputs(val_tokens[None]), c, m, log)
+    nll = run_nll(run.folder, run.val_inputs, c, m, log)
     if not m.is_main:
         return
     write_npy(run.folder / "val_nll.npy", np.add.reduceat(nll[0], np.arange(0, nll.size, 1000)))
@@ -1970,7 +1967,7 @@ def finish(run, val_tokens):
     log(f"threads waited {seconds_waited():.1f} s for a processor; much of that means a busy machine")
     try:
         encoding = from_prepare("get_encoding", run.meta["tokenizer"])
-        prompt = [c.bos_id, *val_tokens[1:200].tolist()]
+        prompt = [c.bos_id, *run.val_inputs[0, 1:200, 0].tolist()]
         written = sample(run.folder, c, m, run.lookup, prompt, 300)
         log(f"---- the beginning of the validation text\n{encoding.decode(prompt[1:])}")
         log(f"---- what the model writes after it\n{encoding.decode(written)}\n----")
@@ -2117,7 +2114,7 @@ def train_command(given, args):
     lookup = Lookup(train_tokens[: c.train_tokens], c)
     plan = training_plan(c, lookup.training_inputs(), m, options["steps"])
     set_compiled(m, args.compile, sum(model.train_flops for model in plan))
-    eval_inputs = evaluation_inputs(lookup.inputs(val_tokens[None])[0], c)
+    val_inputs = lookup.inputs(val_tokens[None])
     if m.is_main:
         folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder, m)  # from here on the folder is this process's alone
@@ -2127,12 +2124,14 @@ def train_command(given, args):
         taken = not args.resume and (folder / "config.json").exists()
         require(not taken, f"{folder}: another run has just taken this name; choose one with --run_dir")
         write_json(folder / "config.json", options | {"config": dataclasses.asdict(c), "data": meta})
-    run = Run(folder, c, m, meta, options["trial"], plan, lookup, eval_inputs, log, state["progress"])
+    eval_inputs = evaluation_inputs(val_inputs[0], c)
+    trial = options["trial"]
+    run = Run(folder, c, m, meta, trial, plan, lookup, val_inputs, eval_inputs, log, state["progress"])
     signal.signal(signal.SIGTERM, functools.partial(note_signal, run))
     signal.signal(signal.SIGINT, functools.partial(note_signal, run))
     train(run, state)
     run.training_over = True
-    finish(run, val_tokens)
+    finish(run)
 
 
 def continued(given, args):

@@ -270,7 +270,7 @@ def test_flops_against_pytorchs_counter(grown):
     y = x[..., 0].unflatten(1, (-1, phase.bag_size))
     with FlopCounterMode(display=False) as counter:
         t.train_pass(p, x, y, 1, c, m, phase, (0,), teacher)
-    formula = model.step_flops(model.batches.phases.index(phase))
+    formula = model.phase_flops(phase)
     n_forwards = 3 + len(model.teachers)
     attention = 256 * n_forwards * len(phase.layers) * 4 * (c.seq_len + 1) / 2 * c.n_embd
     assert counter.get_total_flops() == pytest.approx(formula - attention, rel=0.005)

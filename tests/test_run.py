@@ -163,7 +163,7 @@ def test_a_steps_line_has_the_cross_entropy_alone(tiny_data, tmp_path, monkeypat
             p = t.init_params(c_model)
             x, y, n_targets = t.Batches(tokens[:, None], c_model, m, 2).batch(0)
             h = t.forward(p, x, c_model, m, t.phase_schedule(0.5, c_model))
-            logits = t.softcapped(h @ p["lm_head"].T, c_model)
+            logits = t.head_logits(h, p["lm_head"], c_model)
             ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1)
             assert f" loss {ce:.4f} " in line
         assert [sum(f" {name} " in line for name in ("loss", "mtp", "kl")) for line in lines] == [2, 3]
