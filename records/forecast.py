@@ -31,7 +31,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from audit import ROOT, Refused, read_tracks
-from leaderboard import INK, all_records, figure, mean_loss, save_picture
+from leaderboard import INK, figure, mean_loss, save_picture, standing_record
 from sweeps import train_run
 
 # Draws of the Monte Carlo.
@@ -393,10 +393,10 @@ def bar(track, root=ROOT):
     of freedom. These are 2.88 standard errors, of two seeds and a little of the text.
     """
     tracks = read_tracks(root)
-    standing = all_records(root, track)
-    if track not in tracks["tracks"] or not standing:
+    standing = standing_record(root, track)
+    if track not in tracks["tracks"] or standing is None:
         return None, None
-    folder, record = min(standing, key=lambda entry: mean_loss(entry[1]))
+    folder, record = standing
     dataset = tracks["datasets"][tracks["tracks"][track]["dataset"]]
     margin = 3.0 * math.sqrt(2) * dataset.get("seed_sd", 0.0)
     return mean_loss(record) - margin, f"{folder.name}, {mean_loss(record):.4f}"

@@ -169,6 +169,12 @@ def all_records(root, track):
     return earlier_records(root, track, "~")
 
 
+def standing_record(root, track, submitted="~"):
+    """(folder, record) of the best record that was submitted before a time, or None where there is none."""
+    before = earlier_records(root, track, submitted)
+    return min(before, key=lambda entry: mean_loss(entry[1]), default=None)
+
+
 def expected_hashes(root, tracks, name):
     """sha256 of a dataset's shards. Where tracks.json leaves them open, its oldest record has set them."""
     hashes = dict(tracks["datasets"][name]["sha256"])
@@ -393,10 +399,10 @@ def verify_runs_differ(faults, runs, tested):
 def verify_better(faults, folder, record, tracks, root):
     """A record beats the one that stood when it was submitted."""
     track = folder.parent.name
-    before = earlier_records(root, track, record["submitted"])
-    if not before:
+    before = standing_record(root, track, record["submitted"])
+    if before is None:
         return
-    standing, _ = min(before, key=lambda entry: mean_loss(entry[1]))
+    standing, _ = before
     limit = tracks["rule"]["p"]
     dataset = tracks["datasets"][tracks["tracks"][track]["dataset"]]
     try:
@@ -412,6 +418,18 @@ def verify_better(faults, folder, record, tracks, root):
     )
 
 
+def over_the_limits(claims, rules, dataset):
+    """(what, its value, the track's limit) of everything in which a run is over one. claims: train_tokens,
+    train_seconds, ranks and threads, as in record.json."""
+    values = {
+        "train_tokens": (claims["train_tokens"], dataset["train_tokens"]),
+        "train_seconds": (claims["train_seconds"], rules.get("max_seconds")),
+        "ranks": (claims["ranks"], rules.get("max_ranks")),
+        "cores": (claims["ranks"] * claims["threads"], rules.get("max_cores")),
+    }
+    return [(what, value, limit) for what, (value, limit) in values.items() if limit and value > limit]
+
+
 def verify_run(faults, folder, run, tracks, hashes, tested):
     """Check one run of a record against its files. Returns the sums in val_nll.npy, or None if unreadable."""
 
@@ -423,17 +441,10 @@ def verify_run(faults, folder, run, tracks, hashes, tested):
     dataset = tracks["datasets"][rules["dataset"]]
     expect(run["track"] == track, "track of a run", run["track"], f"folder of {track}")
     expect(not run["trial"], "a trial (--steps) is no record")
-    budget = dataset["train_tokens"]
-    within = run["train_tokens"] <= budget
-    expect(within, "train_tokens", f"{run['train_tokens']:,}", f"a budget of {budget:,}")
-    seconds = rules.get("max_seconds")
-    if seconds:
-        within = run["train_seconds"] <= seconds
-        expect(within, "train_seconds", f"{run['train_seconds']:.1f}", f"a cap of {seconds}")
-    for what, value in (("ranks", run["ranks"]), ("cores", run["ranks"] * run["threads"])):
-        limit = rules.get(f"max_{what}")
-        if limit:
-            expect(value <= limit, what, value, f"a limit of {limit}")
+    written = {"train_tokens": ("{:,}", "a budget of {:,}"), "train_seconds": ("{:.1f}", "a cap of {}")}
+    for what, value, limit in over_the_limits(run, rules, dataset):
+        claimed, found = written.get(what, ("{}", "a limit of {}"))
+        expect(False, what, claimed.format(value), found.format(limit))
     for name, digest in run["data_sha256"].items():
         right = hashes.get(name)
         expect(right in (digest, OPEN), f"sha256 of {name}", digest, f"the track's {right}")
@@ -1430,7 +1441,8 @@ def render_command(args):
 def judge_command(args):
     from judge import judge  # which reads records with this file's functions
 
-    print("\n".join(judge(args.folder, args.seconds)))
+    for line in judge(args.folder, args.seconds):
+        print(line)
 
 
 # ---- command line ------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import PLAIN, ROOT, TINY, options, run_script
+from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "records"))
 import audit
+import judge
 import leaderboard as board
 
 pytestmark = pytest.mark.contract
@@ -90,14 +91,6 @@ def make_root(folder, tiny_data):
     ]
     (folder / "records" / "baselines.json").write_text(json.dumps(baselines))
     return folder
-
-
-@pytest.fixture(scope="module")
-def second_seed(tiny_data, tmp_path_factory):
-    """The run of finished_run with another seed."""
-    run = tmp_path_factory.mktemp("runs") / "second"
-    assert run_script([*options(**TINY | {"seed": 1}, data=tiny_data), "--run_dir", run, *PLAIN]) == 0
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -697,6 +690,53 @@ def test_diff_on_the_command_line(original, finished_run, tmp_path):
     edit_source(other / "log.txt", lambda source: b"# new\n" + source)
     lines = run_board("diff", folder, other).stdout.splitlines()
     assert "+# new" in lines and "\033" not in "".join(lines)
+
+
+# ---- judge
+
+
+def change_rules(root, **rules):
+    edit(root / "records" / "tracks.json", lambda tracks: tracks["tracks"]["pocket"].update(rules))
+
+
+def test_a_run_that_may_become_a_record(copy, finished_run):
+    root, _ = copy
+    change_rules(root, max_seconds=10**9)
+    lines = judge.judge(finished_run, root=root)
+    assert not any("cannot become a record" in line for line in lines), lines
+    assert lines[0].startswith("training took ") and "the standing record" in lines[1]
+    assert " compare " in lines[3] and " audit.py " in lines[4].replace("/", " ") and " submit " in lines[-1]
+    assert judge.judge(finished_run, seconds=10**9, root=root) == []
+
+
+@pytest.mark.parametrize(
+    "rules, started, words",
+    [
+        ({"max_seconds": 0.01}, {}, "s, the track allows 0.01"),
+        ({"max_cores": 0.5}, {}, "1 cores, 0.5 are allowed"),
+        ({}, {"trial": True}, "it is a trial"),
+        ({}, {"config": {"track": "pocket", "train_tokens": 20_001}}, "--train_tokens 20,001 of 20,000"),
+        ({}, {"data": {"sha256": {"val.bin": "0" * 64}}}, "val.bin is not the track's"),
+    ],
+)
+def test_a_run_that_cannot_become_a_record(copy, finished_run, tmp_path, rules, started, words):
+    """Before its end, too, where that is known. Each refusal is one that verify has."""
+    root, _ = copy
+    change_rules(root, **rules)
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    edit(run / "config.json", lambda config: config.update(started))
+    if "config" in started:  # a record.json says the same once more
+        (run / "record.json").unlink()
+    faults = [line for line in judge.judge(run, root=root) if "cannot become a record" in line]
+    assert len(faults) == 1 and words in faults[0], faults
+
+
+def test_a_clock_that_will_run_out(copy, finished_run):
+    root, _ = copy
+    change_rules(root, max_seconds=300)
+    [line] = judge.judge(finished_run, seconds=301.0, root=root)
+    assert line == "at this speed training will take 301 s, the track allows 300; lower --epochs"
 
 
 # ---- render
