@@ -73,6 +73,19 @@ def described_before():
 
 
 @pytest.fixture
+def call(capsys):
+    """Call a tool's main() with a command line in this process. Returns (exit status, what it printed, what
+    it printed as errors)."""
+
+    def run(main, *argv):
+        capsys.readouterr()
+        status = runs.in_this_process(main, [main.__module__, *argv])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
 def cli(capsys):
     """Run a command line in this process. Returns (exit status, what it printed, what it printed as
     errors)."""

@@ -75,20 +75,9 @@ def lines_of(run):
     return rest.decode().splitlines()
 
 
-def run_main(capsys, *argv):
-    """(exit status, what it printed, what it printed as errors) of a command line."""
-    try:
-        join.main([str(word) for word in argv])
-        status = 0
-    except SystemExit as stopped:
-        status = stopped.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-def test_a_joined_run(chains, tmp_path, capsys):
+def test_a_joined_run(chains, tmp_path, call):
     run = tmp_path / "new" / "joined"
-    status, out, _ = run_main(capsys, *chains, "--run_dir", run)
+    status, out, _ = call(join.main, *chains, "--run_dir", run)
     assert status == 0
     assert f"4 members in 2 chains; score them with: python train_gpt.py --resume {run}" in out
 
@@ -214,9 +203,9 @@ def pickled_state(run):
         (shutil.rmtree, "not the folder of a finished run"),
     ],
 )
-def test_a_run_that_cannot_be_joined(chains, tmp_path, capsys, spoil, words):
+def test_a_run_that_cannot_be_joined(chains, tmp_path, call, spoil, words):
     spoil(chains[1])
-    assert_refused(capsys, tmp_path, [*chains, "--run_dir", tmp_path / "joined"], [str(chains[1]), words])
+    assert_refused(call, tmp_path, [*chains, "--run_dir", tmp_path / "joined"], [str(chains[1]), words])
 
 
 @pytest.mark.parametrize(
@@ -231,37 +220,37 @@ def test_a_run_that_cannot_be_joined(chains, tmp_path, capsys, spoil, words):
         (dict(seed=1, student="dropout=0.1"), "has chains or a student already"),
     ],
 )
-def test_runs_that_do_not_fit(chains, tmp_path, capsys, change, words):
+def test_runs_that_do_not_fit(chains, tmp_path, call, change, words):
     other = make_run(tmp_path / "other", **dict(members=2) | change)
     argv = [chains[0], other, "--run_dir", tmp_path / "joined"]
-    assert_refused(capsys, tmp_path, argv, [str(other), words])
+    assert_refused(call, tmp_path, argv, [str(other), words])
 
 
-def test_a_trial_beside_a_run(chains, tmp_path, capsys):
+def test_a_trial_beside_a_run(chains, tmp_path, call):
     """--steps must be the same for both."""
     path = chains[1] / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": 5}))
     argv = [*chains, "--run_dir", tmp_path / "joined"]
-    assert_refused(capsys, tmp_path, argv, [str(chains[1]), "differs from"])
+    assert_refused(call, tmp_path, argv, [str(chains[1]), "differs from"])
 
 
-def test_mistakes_on_the_command_line(chains, tmp_path, capsys):
-    assert_refused(capsys, tmp_path, [*chains], ["--run_dir"])
-    assert_refused(capsys, tmp_path, [chains[0], "--run_dir", tmp_path / "joined"], ["several runs"])
+def test_mistakes_on_the_command_line(chains, tmp_path, call):
+    assert_refused(call, tmp_path, [*chains], ["--run_dir"])
+    assert_refused(call, tmp_path, [chains[0], "--run_dir", tmp_path / "joined"], ["several runs"])
     argv = [*chains, "--run_dir", chains[0]]
-    assert_refused(capsys, tmp_path, argv, ["exists already"])
+    assert_refused(call, tmp_path, argv, ["exists already"])
 
 
-def test_a_folder_that_cannot_be_written(chains, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written(chains, tmp_path, call):
     (tmp_path / "file").write_text("")
     argv = [*chains, "--run_dir", tmp_path / "file" / "joined"]
-    assert_refused(capsys, tmp_path, argv, ["file"])
+    assert_refused(call, tmp_path, argv, ["file"])
 
 
-def assert_refused(capsys, tmp_path, argv, words):
+def assert_refused(call, tmp_path, argv, words):
     """One line, exit status 2, and nothing is left behind."""
     before = sorted(path.name for path in tmp_path.iterdir())
-    status, _, err = run_main(capsys, *argv)
+    status, _, err = call(join.main, *argv)
     assert status == 2 and err.count("\n") == 1 and err.startswith("join.py: "), err
     assert all(word in err for word in words), err
     assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -113,21 +113,11 @@ def test_prepared_again_under_a_reader(tmp_path):
 # ---- the user's own text
 
 
-def run_prepare(capsys, *argv):
-    """(exit status, what it printed as errors) of a command line."""
-    try:
-        prepare.main([str(word) for word in argv])
-        status = 0
-    except SystemExit as stopped:
-        status = stopped.code
-    return status, capsys.readouterr().err
-
-
-def test_text(tmp_path, capsys):
+def test_text(tmp_path, call):
     """One file is enough: it is cut into documents at line ends, and nothing is lost or doubled."""
     text = "".join(f"line {i} of the text\n" for i in range(30_000))
     (tmp_path / "a.txt").write_text(text)
-    status, _ = run_prepare(capsys, "text", tmp_path / "a.txt", "--out", tmp_path / "out")
+    status, _, _ = call(prepare.main, "text", tmp_path / "a.txt", "--out", tmp_path / "out")
     assert status == 0
     for name in ("val", "test", "train"):
         assert audit.read_shard(tmp_path / "out" / f"{name}.bin")[0] == BOS
@@ -138,13 +128,13 @@ def test_text(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("size", [40_000, 100_000, 400_000])
-def test_little_text_is_kept(tmp_path, capsys, size):
+def test_little_text_is_kept(tmp_path, call, size):
     """Of a small file hardly anything is lost where the splits meet.
 
     That is at two places, a document at most, which is a quarter of a split of 5% and one line more.
     """
     (tmp_path / "a.txt").write_text("".join(f"line {i:05} of the text\n" for i in range(size // 23)))
-    status, _ = run_prepare(capsys, "text", tmp_path / "a.txt", "--out", tmp_path / "out")
+    status, _, _ = call(prepare.main, "text", tmp_path / "a.txt", "--out", tmp_path / "out")
     assert status == 0
     tokens = json.loads((tmp_path / "out" / "meta.json").read_text())["tokens"]
     whole = (tmp_path / "a.txt").stat().st_size
@@ -160,22 +150,22 @@ def test_little_text_is_kept(tmp_path, capsys, size):
         (b"x\n" * 50_000, ["--holdout", "0.7"], "--holdout"),
     ],
 )
-def test_bad_text_is_one_line(tmp_path, capsys, content, options, message):
+def test_bad_text_is_one_line(tmp_path, call, content, options, message):
     if content is not None:
         (tmp_path / "a.txt").write_bytes(content)
-    status, err = run_prepare(capsys, "text", tmp_path / "a.txt", "--out", tmp_path / "out", *options)
+    status, _, err = call(prepare.main, "text", tmp_path / "a.txt", "--out", tmp_path / "out", *options)
     assert status == 2 and message in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 @needs_gpt2
-def test_gpt2_tokens(tmp_path, capsys):
+def test_gpt2_tokens(tmp_path, call):
     """The same shards with GPT-2's vocabulary."""
     encoding = prepare.get_encoding("gpt2")
     assert (encoding.n_vocab, encoding.eot_token) == (50257, 50256)
     path = tmp_path / "a.txt"
     path.write_text("".join(f"Sentence number {i} of this text.\n" for i in range(20_000)))
-    status, _ = run_prepare(capsys, "text", path, "--out", tmp_path / "out", "--tokenizer", "gpt2")
+    status, _, _ = call(prepare.main, "text", path, "--out", tmp_path / "out", "--tokenizer", "gpt2")
     assert status == 0
     meta = json.loads((tmp_path / "out" / "meta.json").read_text())
     val = audit.read_shard(tmp_path / "out" / "val.bin")
@@ -183,13 +173,13 @@ def test_gpt2_tokens(tmp_path, capsys):
     assert meta["vocab_size"] == 50257 and meta["text_bytes"]["val"] == len(text.encode())
 
 
-def test_gpt2_without_its_vocabulary_is_one_line(tmp_path, capsys, monkeypatch):
+def test_gpt2_without_its_vocabulary_is_one_line(tmp_path, call, monkeypatch):
     def fail(name):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(prepare.tiktoken, "get_encoding", fail)
     path = tmp_path / "a.txt"
     path.write_text("x\n" * 50_000)
-    status, err = run_prepare(capsys, "text", path, "--out", tmp_path / "out", "--tokenizer", "gpt2")
+    status, _, err = call(prepare.main, "text", path, "--out", tmp_path / "out", "--tokenizer", "gpt2")
     assert status == 2 and "TIKTOKEN_CACHE_DIR" in err and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
