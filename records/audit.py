@@ -13,11 +13,8 @@ if one does not, 2 for a mistake on the command line.
 """
 
 import argparse
-import hashlib
-import json
 import math
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -27,100 +24,24 @@ from pathlib import Path
 
 import numpy as np
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-
-# The header of a shard; data/README.md has the format.
-HEADER_INTS = 256
-MAGIC = 20240520
-
-# In tracks.json, this takes the place of a hash or a size that no record has set yet.
-OPEN = "set by the first record"
-
-# Each number of val_nll.npy is the summed NLL of this many tokens.
-BLOCK = 1000
-
-
-class Refused(Exception):
-    """A mistake of the user: one line, exit status 2."""
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from reading import (
+    BLOCK,
+    ROOT,
+    Refused,
+    known_hash,
+    printable,
+    read_json,
+    read_npy,
+    read_shard,
+    read_tracks,
+    split_log,
+    write_shard,
+)
 
 
 class Broken(Exception):
     """The scorer broke the contract: it failed, or what it wrote is not the NLL of its tokens."""
-
-
-# ---- files -------------------------------------------------------------------------------------------------
-
-
-def read_tracks(root=ROOT):
-    return json.loads((root / "records" / "tracks.json").read_text())
-
-
-def known_hash(dataset, shard):
-    """A shard's sha256, or None where tracks.json leaves it open."""
-    digest = dataset["sha256"][shard]
-    return None if digest == OPEN else digest
-
-
-def read_shard(path, sha256=None):
-    """Token ids of a shard, uint16 [n]. Refused where its bytes do not have the given sha256."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as e:
-        raise Refused(f"{path}: {e.strerror}; prepare the data: python data/prepare.py --help")
-    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-        raise Refused(f"{path}: its sha256 is not the one in records/tracks.json; prepare the data again")
-    header_bytes = 4 * HEADER_INTS
-    header = np.frombuffer(data[:header_bytes], dtype="<i4")
-    is_shard = len(header) == HEADER_INTS and header[0] == MAGIC and header[1] == 1
-    if not is_shard or len(data) != header_bytes + 2 * int(header[2]):
-        raise Refused(f"{path}: not a token shard; data/README.md has the format")
-    return np.frombuffer(data, dtype="<u2", offset=header_bytes)
-
-
-def write_shard(path, tokens):
-    header = np.zeros(HEADER_INTS, dtype="<i4")
-    header[:3] = MAGIC, 1, len(tokens)
-    path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
-
-
-def read_npy(path, max_bytes):
-    """The array in a .npy file. ValueError where it is none, holds objects, or is larger than max_bytes."""
-    if not os.path.isfile(path):
-        raise ValueError("no such file, or not a plain one")
-    size = os.path.getsize(path)
-    if size > max_bytes:
-        raise ValueError(f"{size:,} bytes, but it cannot need more than {max_bytes:,}")
-    try:
-        with open(path, "rb") as f:
-            return np.lib.format.read_array(f, allow_pickle=False)
-    except Exception as e:
-        # A header that somebody made up can raise anything.
-        raise ValueError(f"not a .npy file of numbers ({type(e).__name__}: {e})")
-
-
-SOURCE_HEADER = re.compile(r"==== source ([^ ]*) bytes=([0-9]{1,9}) sha256=([^ ]*)")
-SOURCE_END = b"\n==== end of source\n"
-
-
-def split_log(log):
-    """(source, name of the script, rest of the log) from the bytes of a log.txt. ValueError if it is no log.
-
-    The header states the length and the sha256 of the source, and an end mark follows it. Nothing is searched
-    for inside the source, so it may contain any line.
-    """
-    header, _, rest = log.partition(b"\n")
-    found = SOURCE_HEADER.fullmatch(header.decode("utf-8", "replace"))
-    if found:
-        name, length, claimed = found.groups()
-        source = rest[: int(length)]
-        after = rest[int(length) :]
-        if len(source) == int(length) and after.startswith(SOURCE_END):
-            digest = hashlib.sha256(source).hexdigest()
-            if digest != claimed:
-                raise ValueError(f"the header of the source claims sha256 {claimed}, the source has {digest}")
-            return source, name, after[len(SOURCE_END) :]
-    raise ValueError("does not begin with '==== source NAME bytes=N sha256=HEX' and a source of that length")
 
 
 # ---- the scorer --------------------------------------------------------------------------------------------
@@ -161,11 +82,6 @@ def run_limited(command, seconds):
         lines = out.read().decode("utf-8", "replace").strip().splitlines()
     last = lines[-1] if lines else "nothing printed"
     return status, printable(last[:200])
-
-
-def printable(text):
-    """A stranger's text, unable to steer a terminal."""
-    return "".join(c if c.isprintable() or c == "\t" else "?" for c in text)
 
 
 class Scorer:
@@ -644,7 +560,7 @@ def run_command(run, folder):
     """(scorer command, track, claimed val_nll) of a run. The script in its log is written into `folder`."""
     try:
         source, _, _ = split_log((run / "log.txt").read_bytes())
-        record = json.loads((run / "record.json").read_text())
+        record = read_json(run / "record.json")
         claimed = read_npy(run / "val_nll.npy", 1 << 24)
         track = str(record["track"])
     except OSError as e:

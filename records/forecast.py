@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -30,8 +29,21 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from audit import ROOT, Refused, read_tracks
-from leaderboard import INK, figure, mean_loss, save_picture, standing_record
+from pictures import INK, figure, save_picture
+from reading import (
+    ROOT,
+    Alone,
+    Eval,
+    Refused,
+    Score,
+    Step,
+    Trained,
+    mean_loss,
+    read_json,
+    read_log,
+    read_tracks,
+    standing_record,
+)
 from sweeps import train_run
 
 # Draws of the Monte Carlo.
@@ -51,13 +63,6 @@ IN_A_ROW = 3
 FIRST_TOKENS = "on the first tokens of validation"
 SPREAD = "spread over validation"
 KINDS = {"probe": FIRST_TOKENS, "eval": SPREAD}
-
-# While each position of a step holds a bag of tokens, its loss is logged as bag_loss: that is not the loss of
-# one next token, and is not read as one.
-LINE = re.compile(
-    r"(?:member (?P<member>\d+) )?(?P<word>step|probe|eval) (?P<i>\d+)/(?P<n>\d+) "
-    r"(?:epoch \S+ )?(?P<name>loss|bag_loss|val_loss) (?P<loss>\d+\.\d+)"
-)
 
 # Options that the config of a log must have.
 NEEDED = (
@@ -97,27 +102,28 @@ def read_curves(path):
     share of the run's
     """
     try:
-        text = path.read_text(errors="replace")
-        text = text[max(0, text.find("\n==== end of source")) :]
-        config = json.loads(re.search(r"^config (.*)$", text, re.MULTILINE)[1])
-    except (OSError, TypeError, ValueError) as e:
-        raise Refused(f"{path}: not the log of a run ({type(e).__name__})")
+        log = read_log(path)
+    except (OSError, ValueError) as e:
+        raise Refused(f"{path}: not the log of a run ({type(e).__name__}: {e})")
+    config = log.config
     for name in NEEDED:
         if name not in config:
             raise Refused(f"{path}: its script has no option {name}, by which runs are told apart")
 
-    curves = read_lines(text)
+    curves = curves_of(log)
     members = max(config.get("members", 1), *curves, 1)
-    alone = dict(re.findall(r"^member (\d+) alone: (\d+\.\d+);", text, re.MULTILINE))
-    score = read_number(r"^val_loss (\d+\.\d+) nats per token", text)
-    flops = read_number(r"^trained for .* seen, ([\d.e+]+) FLOPs", text)
+    alone = {entry.member: entry.loss for entry in log.of(Alone)}
+    score = None
+    for entry in log.of(Score):
+        score = entry.val_loss
+    flops = None
+    for entry in log.of(Trained):
+        flops = entry.flops
     of_recipe = {name: value for name, value in sorted(config.items()) if name not in NOT_OF_RECIPE}
     recipe = json.dumps(of_recipe)
     for k, curve in curves.items():
-        final = None
-        if str(k) in alone:
-            final = float(alone[str(k)])
-        elif members == 1:
+        final = alone.get(k)
+        if final is None and members == 1:
             final = score
         curve.update(path=path, config=config, recipe=recipe, member=k, members=members)
         curve.update(score=score, final=final, flops=flops and flops / len(curves))
@@ -126,30 +132,21 @@ def read_curves(path):
     return [curve for _, curve in sorted(curves.items())]
 
 
-def read_lines(text):
-    """{number of the model: its evaluations, their kind, its steps and progress} from the lines of a log."""
+def curves_of(log):
+    """{number of the model: its evaluations, their kind, its steps and progress} from a log."""
     curves = {}
-    for line in text.splitlines():
-        found = LINE.match(line)
-        if not found:
-            continue
-        member = int(found["member"] or 1)
-        curve = curves.setdefault(member, {"evals": [], "steps": [], "kind": SPREAD, "done": 0.0})
-        at = int(found["i"]) / int(found["n"])
-        loss = float(found["loss"])
-        if found["word"] in KINDS:
-            curve["kind"] = KINDS[found["word"]]
-            curve["evals"].append((at, loss))
+    for entry in log.of(Step, Eval):
+        curve = curves.setdefault(entry.member, {"evals": [], "steps": [], "kind": SPREAD, "done": 0.0})
+        at = entry.step / entry.steps
+        if isinstance(entry, Eval):
+            curve["kind"] = KINDS[entry.word]
+            curve["evals"].append((at, entry.loss))
         else:
             curve["done"] = at
-            if found["name"] == "loss":
-                curve["steps"].append((at, loss))
+            # The loss of a bag of tokens is not that of one next token, and is not read as one.
+            if not entry.of_bags:
+                curve["steps"].append((at, entry.loss))
     return curves
-
-
-def read_number(pattern, text):
-    found = re.search(pattern, text, re.MULTILINE)
-    return float(found[1]) if found else None
 
 
 def library(data, root=ROOT):
@@ -507,7 +504,11 @@ def run_folder(command):
 
 
 def count_evals(log):
-    return log.read_text(errors="replace").count(" val_loss ") if log.exists() else 0
+    try:
+        return len(read_log(log).of(Eval))
+    except (OSError, ValueError):
+        # It is not there yet, or not all of its beginning.
+        return 0
 
 
 def reason_to_stop(folder, least):
@@ -727,7 +728,7 @@ def predict_ladder(sizes, losses, size, rng, n=2000):
 def train_rung(folder, options):
     """Loss and parameters of a run with these options, which is trained unless it is finished."""
     train_run(folder, options)
-    record = json.loads((folder / "record.json").read_text())
+    record = read_json(folder / "record.json")
     return record["val_loss"], record["parameters"]
 
 

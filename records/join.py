@@ -22,8 +22,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from audit import Refused, split_log
-from leaderboard import read_json, require_keys, write_json
+from reading import Refused, read_json, require_keys, split_log, write_json
 
 # The name of a checkpoint is KIND-NUMBER.DIGEST.pt, where the digest is the beginning of its bytes' sha256. A
 # state is numbered by the model and the step that come next, as MODEL * STEPS + STEP.

@@ -11,13 +11,16 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from audit import OPEN, ROOT, Refused, read_tracks
-from leaderboard import (
-    HARDWARE,
+from reading import (
+    OPEN,
+    ROOT,
+    Hardware,
+    Refused,
     expected_hashes,
     mean_loss,
-    over_the_limits,
     read_json,
+    read_log,
+    read_tracks,
     standing_record,
 )
 
@@ -60,15 +63,26 @@ def judge(run, seconds=None, root=ROOT):
         raise Refused(f"{run}: not the folder of a run ({type(e).__name__}: {e})")
 
 
+def over_the_limits(claims, rules, dataset):
+    """(what, its value, the track's limit) of everything in which a run is over one. claims: train_tokens,
+    train_seconds, ranks and threads, as in record.json."""
+    values = {
+        "train_tokens": (claims["train_tokens"], dataset["train_tokens"]),
+        "train_seconds": (claims["train_seconds"], rules.get("max_seconds")),
+        "ranks": (claims["ranks"], rules.get("max_ranks")),
+        "cores": (claims["ranks"] * claims["threads"], rules.get("max_cores")),
+    }
+    return [(what, value, limit) for what, (value, limit) in values.items() if limit and value > limit]
+
+
 def claims_so_far(run, started, record, seconds):
     """What over_the_limits() asks for, of a run that may have no record.json yet."""
-    log = (run / "log.txt").read_text(errors="replace")
-    machines = [found for found in map(HARDWARE.fullmatch, log.splitlines()) if found]
+    machines = read_log(run / "log.txt").of(Hardware)
     claims = {
         "train_tokens": started["config"]["train_tokens"],
         "train_seconds": 0.0,
-        "ranks": max((int(found[2]) for found in machines), default=1),
-        "threads": max((int(found[3]) for found in machines), default=1),
+        "ranks": max((machine.ranks for machine in machines), default=1),
+        "threads": max((machine.threads for machine in machines), default=1),
     }
     if record is not None:
         claims |= record

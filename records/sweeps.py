@@ -15,7 +15,6 @@ source; its first line has the sha256 of the train_gpt.py that ran, as the repos
 """
 
 import fcntl
-import json
 import os
 import re
 import subprocess
@@ -25,11 +24,24 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from audit import Refused
-from leaderboard import INK, compare_scores, figure, save_picture
+from compare import compare_scores
+from pictures import INK, figure, save_picture
+from reading import (
+    HERE,
+    ROOT,
+    SOURCE_END,
+    Done,
+    Refused,
+    Score,
+    Size,
+    Trained,
+    read_json,
+    read_log,
+    read_npy,
+    split_log,
+    write_json,
+)
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 BASELINES = HERE / "baselines" / "pocket"
 ABLATIONS = HERE / "ablations" / "pocket"
 
@@ -114,45 +126,39 @@ def train(folder, name, options, kept):
     """Train a run of a plan, and keep its log."""
     run = ROOT / "runs" / f"{folder.parent.name}_{name}"
     train_run(run, options)
-    head, _, rest = (run / "log.txt").read_text().partition("\n")
-    rest = rest[rest.index("\n==== end of source") :]
+    log = (run / "log.txt").read_bytes()
+    header, _, _ = log.partition(b"\n")
+    _, _, rest = split_log(log)
     if folder == ABLATIONS:
         # There are many short runs: every fiftieth step is enough. Their losses are compared block by block.
-        rest = re.sub(r"^(?:member \d+ )?step (\d+)/.*\n", every_fiftieth, rest, flags=re.MULTILINE)
-        np.save(folder / f"{name}.npy", np.load(run / "val_nll.npy", allow_pickle=False))
+        rest = re.sub(rb"^(?:member \d+ )?step (\d+)/.*\n", every_fiftieth, rest, flags=re.MULTILINE)
+        np.save(folder / f"{name}.npy", read_npy(run / "val_nll.npy", 1 << 24))
     # A log that is there is complete.
     tmp = kept.with_suffix(".tmp")
-    tmp.write_text(head + rest)
+    tmp.write_bytes(header + SOURCE_END + rest)
     tmp.replace(kept)
 
 
 def every_fiftieth(line):
-    return line[0] if int(line[1]) % 50 == 0 else ""
+    return line[0] if int(line[1]) % 50 == 0 else b""
 
 
 # ---- logs --------------------------------------------------------------------------------------------------
 
 
-def read_log(path):
+def read_result(path):
     """The config of a finished run, and what the log says of its result."""
-    text = path.read_text()
-
-    def find(pattern):
-        return re.search(pattern, text, re.MULTILINE)
-
-    config = json.loads(find(r"^config (.*)$")[1])
-    score = find(r"^val_loss ([\d.]+) nats per token, .* ([\d,]+) tokens scored")
-    members = re.findall(
-        r"^member \d+ done: val_loss ([\d.]+), the members so far together ([\d.]+)", text, re.MULTILINE
-    )
-    return config | {
+    log = read_log(path)
+    score = log.of(Score)[-1]
+    trained = log.of(Trained)[-1]
+    return log.config | {
         "name": path.stem,
-        "val_loss": float(score[1]),
-        "tokens": int(score[2].replace(",", "")),
-        "flops": float(find(r"^trained for .* seen, ([\d.e+]+) FLOPs")[1]),
-        "parameters": int(find(r"([\d,]+) parameters")[1].replace(",", "")),
+        "val_loss": score.val_loss,
+        "tokens": score.val_tokens,
+        "flops": trained.flops,
+        "parameters": log.of(Size)[0].parameters,
         # Of each member: its loss alone, and that of the members so far together.
-        "done": [(float(alone), float(together)) for alone, together in members],
+        "done": [(done.alone, done.together) for done in log.of(Done)],
     }
 
 
@@ -175,7 +181,7 @@ def write_curve():
     """The sweep's table, and the best recipe at each number of tokens into baselines.json."""
     recipes = {}
     for path in BASELINES.glob("*.log"):
-        run = read_log(path)
+        run = read_result(path)
         # Runs of several epochs measure the spread of seeds; they are not of the curve.
         if run["epochs"] == 1:
             name = re.sub(r"_s\d+$", "", run["name"])
@@ -217,9 +223,9 @@ def write_curve():
     replace_between(page, "<!-- sweep: python records/sweeps.py --table -->", "<!-- end of sweep -->", lines)
 
     path = HERE / "baselines.json"
-    baselines = json.loads(path.read_text())
+    baselines = read_json(path)
     baselines["pocket"]["points"] = [points[tokens] for tokens in sorted(points)]
-    path.write_text(json.dumps(baselines, indent=1) + "\n")
+    write_json(path, baselines)
 
 
 def curve_row(tokens, loss, name, runs, is_best):
@@ -254,8 +260,8 @@ def write_ablations():
     for entry in read_plan(ABLATIONS):
         paths = [ABLATIONS / f"{name}.log" for name in entry["runs"]]
         if all(path.exists() for path in paths):
-            logs = [read_log(path) for path in paths]
-            sums = [np.load(path.with_suffix(".npy"), allow_pickle=False) for path in paths]
+            logs = [read_result(path) for path in paths]
+            sums = [read_npy(path.with_suffix(".npy"), 1 << 24) for path in paths]
             losses = np.array([log["val_loss"] for log in logs])
             scores = (np.mean(sums, axis=0), losses, logs[0]["tokens"])
             groups[entry["name"]] = entry | {"logs": logs, "scores": scores}

@@ -13,6 +13,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "records"))
 import audit
+import reading
 
 pytestmark = pytest.mark.contract
 
@@ -167,10 +168,10 @@ def test_a_header_that_is_made_up(tmp_path):
         start = b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little")
         (tmp_path / "x.npy").write_bytes(start + text)
         with pytest.raises(ValueError):
-            audit.read_npy(tmp_path / "x.npy", 1 << 20)
+            reading.read_npy(tmp_path / "x.npy", 1 << 20)
     os.mkfifo(tmp_path / "pipe.npy")
     with pytest.raises(ValueError, match="plain"):
-        audit.read_npy(tmp_path / "pipe.npy", 1 << 20)
+        reading.read_npy(tmp_path / "pipe.npy", 1 << 20)
 
 
 def test_what_a_program_prints_is_cut_and_cleaned():

@@ -29,7 +29,9 @@ import pytest
 import torch
 
 import audit
-import leaderboard as board
+import reading
+import submit
+import verify
 from runs import (
     HEADER_BYTES,
     PLAIN,
@@ -104,7 +106,7 @@ def recipe_run(tiny_data, tmp_path_factory):
 
 def test_run_folder(finished_run, tiny_data):
     """The source, the steps and the result in the log; the same result in record.json and val_nll.npy."""
-    source, name, _ = audit.split_log((finished_run / "log.txt").read_bytes())
+    source, name, _ = reading.split_log((finished_run / "log.txt").read_bytes())
     record, meta = record_of(finished_run), json.loads((tiny_data / "meta.json").read_text())
     assert source == SCRIPT.read_bytes() and name == SCRIPT.name
     assert record["source_sha256"] == hashlib.sha256(source).hexdigest()
@@ -135,7 +137,7 @@ def test_the_referee_makes_a_record_of_it(finished_run, tiny_data, tmp_path):
     root = tmp_path / "root"
     (root / "records").mkdir(parents=True)
     shutil.copytree(tiny_data, root / "data" / "pocket")
-    tracks, meta = audit.read_tracks(), json.loads((tiny_data / "meta.json").read_text())
+    tracks, meta = reading.read_tracks(), json.loads((tiny_data / "meta.json").read_text())
     dataset = tracks["datasets"]["pocket"]
     dataset |= {"train_tokens": TINY["train_tokens"], "sha256": meta["sha256"]}
     dataset |= {f"{split}_tokens": meta["tokens"][split] for split in ("val", "test")}
@@ -143,8 +145,8 @@ def test_the_referee_makes_a_record_of_it(finished_run, tiny_data, tmp_path):
     (root / "records" / "tracks.json").write_text(json.dumps(tracks))
     (root / "note.md").write_text("# The tiny recipe\n\nNothing to see.\n")
     noon = datetime.datetime(2026, 1, 2, 12, tzinfo=datetime.UTC)
-    folder = board.submit([finished_run], "tiny", root / "note.md", ["A. Author"], root, noon)
-    assert board.verify_record(folder, root) == []
+    folder = submit.submit([finished_run], "tiny", root / "note.md", ["A. Author"], root, noon)
+    assert verify.verify_record(folder, root) == []
     run = record_of(folder)["runs"][0]
     assert run["test_loss"] != run["val_loss"] and run["test_loss"] < math.log(meta["vocab_size"])
 
@@ -176,7 +178,7 @@ def test_score_of_independent_rows(run, request, tiny_data, cli, tmp_path):
     np.testing.assert_allclose(nll[3], nll[0], rtol=0, atol=REORDERED)
     np.testing.assert_allclose(alone[0], nll[1], rtol=0, atol=REORDERED)
     np.testing.assert_allclose(turned[::-1], nll, rtol=0, atol=REORDERED)
-    audit.write_shard(tmp_path / "row.bin", rows[2])
+    reading.write_shard(tmp_path / "row.bin", rows[2])
     as_shard = score(cli, run, tmp_path / "row.bin", tmp_path)
     np.testing.assert_allclose(as_shard, nll[2], rtol=0, atol=REORDERED)
 
@@ -202,7 +204,7 @@ class InProcess:
         sent = tokens.astype(np.uint16)
         if tokens.ndim == 1:
             sent = self.folder / "stream.bin"
-            audit.write_shard(sent, tokens)
+            reading.write_shard(sent, tokens)
         nll = score(self.cli, self.run, sent, self.folder)
         assert nll.shape == tokens.shape and nll.dtype.kind == "f"
         assert np.isfinite(nll).all() and nll.min() >= 0 and not nll[..., 0].any()
@@ -273,7 +275,7 @@ def changed_data(folder, tiny_data, **first_kept):
     for split, first in first_kept.items():
         tokens = tokens_of(folder / f"{split}.bin").copy()
         tokens[first:] = np.roll(tokens[first:], 5)[::-1]
-        audit.write_shard(folder / f"{split}.bin", tokens)
+        reading.write_shard(folder / f"{split}.bin", tokens)
         meta["sha256"][f"{split}.bin"] = hashlib.sha256((folder / f"{split}.bin").read_bytes()).hexdigest()
     (folder / "meta.json").write_text(json.dumps(meta))
     (folder / "test.bin").unlink()
@@ -706,7 +708,7 @@ def break_data(folder, what):
     elif what == "changed":
         train.write_bytes(train.read_bytes()[:-2] + b"\x01\x00")
     elif what == "ids too large":
-        audit.write_shard(train, np.full(30_000, 300))
+        reading.write_shard(train, np.full(30_000, 300))
         stored["sha256"]["train.bin"] = hashlib.sha256(train.read_bytes()).hexdigest()
         meta.write_text(json.dumps(stored))
 

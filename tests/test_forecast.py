@@ -11,8 +11,8 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "records"))
 import forecast as fc
-from audit import Refused
-from leaderboard import compare_scores
+from compare import compare_scores
+from reading import Refused
 
 pytestmark = pytest.mark.contract
 
@@ -76,8 +76,8 @@ def write_log(
         lines.append("trained for 1.0 s, 1,000 tokens seen, 1e+10 FLOPs, peak memory 1 MiB")
         lines.append(f"val_loss {score:.6f} nats per token, 1.0 bits per byte, 1 tokens scored")
     path.parent.mkdir(parents=True, exist_ok=True)
-    source = "==== source x\nnothing\n==== end of source\n"
-    path.write_text("\n".join([f"{source}config {json.dumps(config)}", *lines, ""]))
+    header = "==== source x.py bytes=9 sha256=0\n==== end of source\n"
+    path.write_text("\n".join([f"{header}config {json.dumps(config)}", *lines, ""]))
     return score
 
 
@@ -358,7 +358,8 @@ import pathlib, signal, sys
 folder = pathlib.Path(sys.argv[sys.argv.index("--run_dir") + 1])
 folder.mkdir()
 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit("stopped and saved"))
-(folder / "log.txt").write_text("eval 1/8 val_loss 3.0")
+log = ["==== source x.py bytes=9 sha256=0", "==== end of source", "config {}"]
+(folder / "log.txt").write_text("\\n".join([*log, "eval 1/8 val_loss 3.0 on a part of validation"]))
 signal.pause()
 """
 

@@ -12,8 +12,8 @@ import torch
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "records"))
-import audit
 import join
+import reading
 
 pytestmark = pytest.mark.contract
 
@@ -71,7 +71,7 @@ def chains(tmp_path):
 
 
 def lines_of(run):
-    _, _, rest = audit.split_log((run / "log.txt").read_bytes())
+    _, _, rest = reading.split_log((run / "log.txt").read_bytes())
     return rest.decode().splitlines()
 
 
@@ -114,7 +114,7 @@ def test_the_joined_log(chains, tmp_path):
     """The source and the joined config, then each chain's lines up to its score, with members counted on."""
     run = tmp_path / "joined"
     join.join(chains, run)
-    source, name, _ = audit.split_log((run / "log.txt").read_bytes())
+    source, name, _ = reading.split_log((run / "log.txt").read_bytes())
     assert (source, name) == (SOURCE, "s.py")
     lines = lines_of(run)
     assert json.loads(lines[0].removeprefix("config "))["members"] == 4 and lines[1].startswith("data ")

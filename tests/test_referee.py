@@ -14,9 +14,14 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "records"))
-import audit
+import board
+import compare
+import efficiency
 import judge
-import leaderboard as board
+import reading
+import smoke
+import submit
+import verify
 
 pytestmark = pytest.mark.contract
 
@@ -56,13 +61,13 @@ def log_of(source, name, rest):
 
 def edit_source(path, change):
     """Change the source in a log, with the length and hash that belong to it."""
-    source, name, rest = audit.split_log(path.read_bytes())
+    source, name, rest = reading.split_log(path.read_bytes())
     path.write_bytes(log_of(change(source), name, rest))
 
 
 def edit_lines(path, change):
     """Change the lines of a log behind its source. change: list of lines with their ends -> list of lines."""
-    source, name, rest = audit.split_log(path.read_bytes())
+    source, name, rest = reading.split_log(path.read_bytes())
     path.write_bytes(log_of(source, name, b"".join(change(rest.splitlines(keepends=True)))))
 
 
@@ -71,7 +76,7 @@ def make_root(folder, tiny_data):
     (folder / "records").mkdir(parents=True)
     shutil.copytree(tiny_data, folder / "data" / "pocket")
     meta = json.loads((tiny_data / "meta.json").read_text())
-    tracks = audit.read_tracks()
+    tracks = reading.read_tracks()
     tracks["datasets"]["pocket"] |= {
         "train_tokens": 20_000,
         "val_tokens": meta["tokens"]["val"],
@@ -98,7 +103,7 @@ def original(tiny_data, finished_run, second_seed, tmp_path_factory):
     """(root, record folder) of a repository with one good record, which nobody changes."""
     root = make_root(tmp_path_factory.mktemp("roots") / "original", tiny_data)
     runs = [finished_run, second_seed]
-    folder = board.submit(runs, "tiny", root / "note.md", ["A. Author", "b-c"], root, NOON)
+    folder = submit.submit(runs, "tiny", root / "note.md", ["A. Author", "b-c"], root, NOON)
     return root, folder
 
 
@@ -126,7 +131,7 @@ def test_a_record_of_two_seeds(original, finished_run):
     first = record["runs"][0]
     assert 0 < abs(first["test_loss"] - first["val_loss"]) < 1
     assert (folder / "val_nll.npy").read_bytes() == (finished_run / "val_nll.npy").read_bytes()
-    assert board.verify_record(folder, root) == []
+    assert verify.verify_record(folder, root) == []
     assert not list(folder.parent.glob(".submit*"))
 
 
@@ -351,7 +356,7 @@ def test_tampered_records_are_named(copy, tamper, words):
     root, folder = copy
     tamper(root, folder)
     [folder] = [path.parent for path in (root / "records").glob("*/*/record.json")]
-    faults = board.verify_record(folder, root)
+    faults = verify.verify_record(folder, root)
     assert any(all(word in fault for word in words) for fault in faults), faults
     name = os.path.relpath(folder, root)
     assert all(fault.startswith(name) and "\n" not in fault for fault in faults)
@@ -368,7 +373,7 @@ def test_what_a_model_writes_is_not_read_as_a_claim(copy):
         return [*lines[:at], *sample, *lines[at:]]
 
     edit_lines(folder / "log.txt", add_claims)
-    assert board.verify_record(folder, root) == []
+    assert verify.verify_record(folder, root) == []
 
 
 def test_further_terms_of_a_loss_and_bags(copy):
@@ -390,7 +395,7 @@ def test_further_terms_of_a_loss_and_bags(copy):
     edit_lines(folder / "log.txt", change)
     text = (folder / "log.txt").read_text()
     assert "bag_loss" in text and " mtp 1.5432 " in text
-    assert board.verify_record(folder, root) == []
+    assert verify.verify_record(folder, root) == []
 
 
 # ---- several members and chains
@@ -423,7 +428,7 @@ def ensemble(copy):
 
 
 def faults_of(root, folder):
-    return " / ".join(board.verify_record(folder, root))
+    return " / ".join(verify.verify_record(folder, root))
 
 
 def insert_before(path, start, new):
@@ -500,8 +505,8 @@ def test_submit_refuses_what_would_not_verify(tiny_data, finished_run, second_se
         ([finished_run], "a", root / "none.md", ["A"], "cannot be read"),
         ([finished_run], "a", note, [], "--by"),
     ):
-        with pytest.raises(board.Refused, match=words):
-            board.submit(runs, slug, text, by, root, NOON)
+        with pytest.raises(reading.Refused, match=words):
+            submit.submit(runs, slug, text, by, root, NOON)
     assert not list((root / "records").glob("*/*"))
 
 
@@ -509,18 +514,18 @@ def test_submit_wants_a_better_record(tiny_data, finished_run, second_seed, tmp_
     """A run that does not beat the standing record is refused before anything looks at the test stream."""
     root = make_root(tmp_path / "root", tiny_data)
     note = root / "note.md"
-    board.submit([finished_run], "a", note, ["A"], root, NOON)
-    with pytest.raises(board.Refused, match="exists"):
-        board.submit([finished_run], "a", note, ["A"], root, NOON)
-    monkeypatch.setattr(board, "Scorer", None)
+    submit.submit([finished_run], "a", note, ["A"], root, NOON)
+    with pytest.raises(reading.Refused, match="exists"):
+        submit.submit([finished_run], "a", note, ["A"], root, NOON)
+    monkeypatch.setattr(submit, "Scorer", None)
     # This is the first run with another seed and a loss that is nowhere lower.
     worse = tmp_path / "worse"
     shutil.copytree(finished_run, worse)
     edit(worse / "record.json", lambda record: record.update(seed=1))
     replace(worse / "log.txt", b'"seed": 0', b'"seed": 1')
     later = NOON + datetime.timedelta(hours=1)
-    with pytest.raises(board.Refused, match="does not beat 2026-01-02_a at p < 0.01"):
-        board.submit([worse], "b", note, ["A"], root, later)
+    with pytest.raises(reading.Refused, match="does not beat 2026-01-02_a at p < 0.01"):
+        submit.submit([worse], "b", note, ["A"], root, later)
     assert [path.name for path in (root / "records" / "pocket").iterdir()] == ["2026-01-02_a"]
 
 
@@ -548,21 +553,21 @@ def test_a_broken_record_spoils_no_other(copy, content):
     broken = folder.parent / "2025-01-01_broken"
     broken.mkdir()
     (broken / "record.json").write_text(content)
-    assert board.verify_record(folder, root) == []
+    assert verify.verify_record(folder, root) == []
 
 
 def test_the_first_record_sets_open_hashes(copy):
     root, folder = copy
 
     def open_hashes(tracks):
-        tracks["datasets"]["pocket"]["sha256"] |= {"train.bin": audit.OPEN, "val.bin": audit.OPEN}
+        tracks["datasets"]["pocket"]["sha256"] |= {"train.bin": reading.OPEN, "val.bin": reading.OPEN}
 
     def other_data(record):
         record.update(date="2026-01-03", submitted="2026-01-03T00:00:00Z")
         record["runs"][0]["data_sha256"]["train.bin"] = "0" * 64
 
     edit(root / "records" / "tracks.json", open_hashes)
-    assert board.verify_record(folder, root) == []
+    assert verify.verify_record(folder, root) == []
     later = folder.with_name("2026-01-03_later")
     shutil.copytree(folder, later)
     edit(later / "record.json", other_data)
@@ -577,13 +582,13 @@ def test_a_recipe_at_toy_size():
     old = dict(
         seq_len=192, n_layer=8, loop_first=4, loop_last=7, probes=8, probe_tokens=40_000, batch_tokens=1
     )
-    words = board.toy_options(old | dict(unet=True, device_tokens=1))
+    words = smoke.toy_options(old | dict(unet=True, device_tokens=1))
     toy = dict(zip(words[::2], words[1::2]))
     assert toy["--probes"] == "1" and toy["--probe_tokens"] == "2000" and toy["--unet"] == "1"
     assert (toy["--n_layer"], toy["--loop_first"], toy["--loop_last"]) == ("6", "3", "5")
     assert (toy["--batch_tokens"], toy["--device_tokens"]) == (str(4 * 192), str(32 * 192))
     assert "--evals" not in toy and "--vocab_size" not in toy
-    words = board.toy_options(dict(evals=8, eval_windows=40, vocab_size=50_257, bos_id=50_256))
+    words = smoke.toy_options(dict(evals=8, eval_windows=40, vocab_size=50_257, bos_id=50_256))
     toy = dict(zip(words[::2], words[1::2]))
     assert (toy["--evals"], toy["--eval_windows"]) == ("1", "2")
     assert (toy["--vocab_size"], toy["--bos_id"]) == ("0", "0")
@@ -593,7 +598,7 @@ def test_a_recipe_at_toy_size():
 def test_a_student_is_as_small_as_the_others():
     """In verify --smoke the student's own sizes give way to the toy's."""
     student = "n_layer=8,n_head=3,distill_alpha=0.9,dropout=0.1,device_tokens=2048"
-    words = board.toy_options(dict(seq_len=192, n_layer=8, n_embd=384, student=student))
+    words = smoke.toy_options(dict(seq_len=192, n_layer=8, n_embd=384, student=student))
     assert words[words.index("--student") + 1] == "distill_alpha=0.9,dropout=0.1"
 
 
@@ -620,7 +625,7 @@ def test_student_is_students():
         (1.960, 1e6, 0.05),
         (4.604, 4, 0.01),
     ):
-        values, tail = board.student(df)
+        values, tail = compare.student(df)
         assert np.interp(t, values, tail) == pytest.approx(p, rel=2e-3)
 
 
@@ -628,25 +633,25 @@ def test_compare_counts_the_text_and_the_seeds(tmp_path):
     rng = np.random.default_rng(0)
     # Blocks differ far more than the records do: the difference is paired.
     text = rng.normal(1000, 100, 400)
-    a = board.read_scores(fake_record(tmp_path / "a", [text - 5 + rng.normal(0, 10, 400)]))
-    b = board.read_scores(fake_record(tmp_path / "b", [text]))
-    c = board.compare_scores(a, b, {})
+    a = compare.read_scores(fake_record(tmp_path / "a", [text - 5 + rng.normal(0, 10, 400)]))
+    b = compare.read_scores(fake_record(tmp_path / "b", [text]))
+    c = compare.compare_scores(a, b, {})
     # The mean over 400 blocks of noise of 10 nats has a standard error of 0.5 per 1,000 tokens; 3 of them.
     assert c["mean"] == pytest.approx(-0.005, abs=0.0015)
     assert c["p"] < 1e-6 and c["interval"][0] < -0.005 < c["interval"][1]
     # It is estimated with 19 degrees of freedom, so to 1 / sqrt(2 * 19) = 16%; 3 of these.
     assert c["text"] == pytest.approx(10 / 400**0.5 / 1000, rel=0.5)
-    assert board.compare_scores(a, a, {})["p"] == 1
+    assert compare.compare_scores(a, a, {})["p"] == 1
 
     # The seeds spread as much as the records differ: one seed each proves nothing. With twenty, the
     # difference is sqrt(10) = 3.2 standard errors, for which Student's t with 19 degrees of freedom has p =
     # 0.005.
-    assert board.compare_scores(a, b, {"seed_sd": 0.005})["p"] > 0.1
+    assert compare.compare_scores(a, b, {"seed_sd": 0.005})["p"] > 0.1
     many = []
     for name, mean in (("low", text - 5), ("high", text)):
         seeds = [mean + offset for offset in np.linspace(-4, 4, 20)]
-        many.append(board.read_scores(fake_record(tmp_path / name, seeds)))
-    c = board.compare_scores(*many, {"seed_sd": 0.005})
+        many.append(compare.read_scores(fake_record(tmp_path / name, seeds)))
+    c = compare.compare_scores(*many, {"seed_sd": 0.005})
     assert c["seed"] == pytest.approx(0.005 * (2 / 20) ** 0.5) and c["p"] < 0.01
 
 
@@ -662,7 +667,7 @@ def test_compare_is_calibrated():
     hits = 0
     for _ in range(300):
         noise = np.repeat(rng.normal(0, 10, 110), 4)[:400] + rng.normal(0, 5, 400)
-        hits += board.compare_scores((1000 + noise, np.ones(1), 399_999), flat, {})["p"] < 0.05
+        hits += compare.compare_scores((1000 + noise, np.ones(1), 399_999), flat, {})["p"] < 0.05
     assert hits <= 30, hits
 
 
@@ -765,7 +770,7 @@ def test_render_is_stable_and_notices_what_is_stale(copy):
     readme = (root / "README.md").read_text()
     assert readme.startswith("# Board") and readme.endswith("after\n")
     assert render(root) == []
-    loss = board.mean_loss(read_record(folder))
+    loss = reading.mean_loss(read_record(folder))
     replace(root / "README.md", f"{loss:.4f}".encode(), b"1.0000")
     assert render(root) == ["README.md"]
 
@@ -778,10 +783,10 @@ def test_render_is_stable_and_notices_what_is_stale(copy):
 
 def test_a_record_on_the_board(copy):
     root, folder = copy
-    text, _ = board.board(root)
+    text, _ = board.board_and_pictures(root)
     record = read_record(folder)
     [row] = rows_with(text, "The tiny recipe")
-    assert f"| {board.mean_loss(record):.4f} (2 seeds) |" in row and "A. Author, b-c" in row
+    assert f"| {reading.mean_loss(record):.4f} (2 seeds) |" in row and "A. Author, b-c" in row
     assert "[log](records/pocket/2026-01-02_tiny/log.txt)" in row
     cost = text.split("Cost of each record:")[1].splitlines()[4]
     seen = board.short(record["runs"][0]["tokens_seen"])
@@ -791,7 +796,7 @@ def test_a_record_on_the_board(copy):
 def test_tracks_without_a_record_on_the_board(copy):
     """Those with results published elsewhere share a table, and the others have a line each."""
     root, folder = copy
-    text, _ = board.board(root)
+    text, _ = board.board_and_pictures(root)
     assert "### tiny, limited, two_hour, unlimited\n" in text and "not verified here" in text
     [row] = rows_with(text, "| 3.307 |")
     assert row.startswith("| tiny | 15 minutes on one node of 8xH100 | 3.307 | ")
@@ -801,7 +806,7 @@ def test_tracks_without_a_record_on_the_board(copy):
 
     # With a record, a track has a section, in which a published result has no rank.
     shutil.copytree(folder, root / "records" / "tiny" / folder.name)
-    text, _ = board.board(root)
+    text, _ = board.board_and_pictures(root)
     assert "### limited, two_hour, unlimited\n" in text and "### tiny\n" in text
     [row] = rows_with(text, "| 3.307 |")
     assert row.startswith("|  | 3.307 | ") and "published elsewhere, not verified here" in row
@@ -810,16 +815,16 @@ def test_tracks_without_a_record_on_the_board(copy):
 def test_data_efficiency_is_read_off_the_curve_and_never_beyond_it():
     """Linear between measured points. Slowrun's published 13.8 comes out of its published curve."""
     fineweb = json.loads((ROOT / "records" / "baselines.json").read_text())["fineweb"]
-    ratio, bound = board.data_efficiency(fineweb, 2.987, 100_000_000)
+    ratio, bound = efficiency.data_efficiency(fineweb, 2.987, 100_000_000)
     assert ratio == pytest.approx(13.8, abs=0.05) and bound == ""
-    assert board.data_efficiency(fineweb, 2.5, 100_000_000) == (20, "≥")
-    assert board.data_efficiency(fineweb, 4.0, 100_000_000) == (2, "<")
+    assert efficiency.data_efficiency(fineweb, 2.5, 100_000_000) == (20, "≥")
+    assert efficiency.data_efficiency(fineweb, 4.0, 100_000_000) == (2, "<")
     points = [
         {"train_tokens": 1, "val_loss": 2.0, "train_flops": 10.0},
         {"train_tokens": 2, "val_loss": 1.0, "train_flops": 40.0},
     ]
-    assert board.compute_multiplier({"points": points}, 1.5, 5.0) == (5.0, "")
-    assert board.compute_multiplier(fineweb, 3.0, 1.0) is None
+    assert efficiency.compute_multiplier({"points": points}, 1.5, 5.0) == (5.0, "")
+    assert efficiency.compute_multiplier(fineweb, 3.0, 1.0) is None
 
 
 # ---- pull requests
@@ -862,7 +867,7 @@ def branch(original, tmp_path):
     git("commit", "-m", "base")
     git("branch", "base")
     shutil.copytree(folder, work / "records" / "pocket" / folder.name)
-    source, _, _ = audit.split_log((folder / "log.txt").read_bytes())
+    source, _, _ = reading.split_log((folder / "log.txt").read_bytes())
     (work / "train_gpt.py").write_bytes(source)
     (work / "README.md").write_text(f"# Top\n{board.BEGIN}\nnew\n{board.END}\n")
     return work, check

@@ -16,7 +16,7 @@ from test_referee import edit_source, make_root
 
 sys.path.insert(0, str(ROOT / "records"))
 import audit
-import leaderboard as board
+import smoke
 
 pytestmark = pytest.mark.reference
 
@@ -51,7 +51,7 @@ def run_here(command, seconds):
 
 
 @pytest.fixture
-def smoke(tiny_data, finished_run, tmp_path, monkeypatch):
+def faults_after(tiny_data, finished_run, tmp_path, monkeypatch):
     """A function: the faults of the record of a tiny run, after a change of its script."""
     root = make_root(tmp_path / "root", tiny_data)
     folder = root / "records" / "pocket" / "2026-01-02_tiny"
@@ -59,28 +59,28 @@ def smoke(tiny_data, finished_run, tmp_path, monkeypatch):
     (folder / "record.json").write_text(json.dumps({"runs": [{"log": "log.txt"}]}))
     shutil.copy(finished_run / "log.txt", folder)
     # The tests' own data are smaller than pocket.
-    monkeypatch.setitem(board.TOY, "train_tokens", 20_000)
-    for module in (audit, board):
+    monkeypatch.setitem(smoke.TOY, "train_tokens", 20_000)
+    for module in (audit, smoke):
         monkeypatch.setattr(module, "run_limited", run_here)
 
     def run(change):
         edit_source(folder / "log.txt", change)
-        return board.smoke(folder, 3600, root)
+        return smoke.smoke(folder, 3600, root)
 
     return run
 
 
-def test_an_honest_script_passes(smoke, monkeypatch, capsys):
+def test_an_honest_script_passes(faults_after, monkeypatch, capsys):
     # Half of the tokens of an audit are in these rows; the sums after short prefixes are enough here.
     monkeypatch.setattr(audit.Audit, "sums_over_likely_tokens", lambda self: [])
-    assert smoke(lambda source: source) == []
+    assert faults_after(lambda source: source) == []
     out = capsys.readouterr().out
     assert "running the submitted code" in out and "ok    normalization" in out and "FAULT" not in out
 
 
-def test_a_leak_in_the_script_alone_is_found(smoke, monkeypatch):
+def test_a_leak_in_the_script_alone_is_found(faults_after, monkeypatch):
     """Its run folder is honest. Only the checks that can show it are run; test_audit.py has the others."""
     monkeypatch.setattr(audit.Audit, "normalization", lambda self: None)
     monkeypatch.setattr(audit.Audit, "long_streams", lambda self: None)
-    faults = smoke(lambda source: LEAK.replace("{source!r}", repr(source)).encode())
+    faults = faults_after(lambda source: LEAK.replace("{source!r}", repr(source)).encode())
     assert any(" causality: " in fault for fault in faults), faults

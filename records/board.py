@@ -1,0 +1,289 @@
+"""
+The board in the top-level README.md: its tables, and which pictures go with them.
+
+leaderboard.py render writes both.
+"""
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from efficiency import compute_multiplier, data_efficiency, times
+from pictures import INK, draw_curve, draw_progress, figure, save_picture
+from reading import ROOT, Refused, all_records, mean_loss, read_json, read_tracks, record_folders
+from verify import verify_record
+
+BEGIN = "<!-- board: python records/leaderboard.py render -->"
+END = "<!-- end of board -->"
+
+# The columns of the tables: key of a row's cell, and heading.
+RESULT = {
+    "rank": "#",
+    "loss": "val loss (nats per token)",
+    "data": "data efficiency",
+    "what": "description",
+    "date": "date",
+    "by": "contributors",
+    "files": "files",
+}
+COST = {
+    "rank": "#",
+    "bpb": "bits per byte",
+    "gap": "test gap",
+    "compute": "compute multiplier",
+    "params": "parameters",
+    "use": "FLOPs per scored token",
+    "seen": "tokens seen",
+    "time": "training",
+    "hardware": "hardware",
+}
+PUBLISHED = {
+    "track": "track",
+    "limit": "limit",
+    "loss": "val loss",
+    "data": "data efficiency",
+    "what": "description",
+    "date": "date",
+    "time": "time",
+    "by": "contributors",
+    "files": "files",
+}
+TOP = {
+    "track": "track",
+    "loss": "val loss",
+    "data": "data efficiency",
+    "what": "the best so far",
+    "date": "date",
+}
+TOP_BEGIN = "<!-- top of the board: python records/leaderboard.py render -->"
+TOP_END = "<!-- end of the top -->"
+ELSEWHERE = "published elsewhere, not verified here"
+
+
+def short(x):
+    """1234567 -> 1.23M."""
+    for size, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if x >= 0.9995 * size:
+            return f"{x / size:.3g}{unit}"
+    return f"{x:.3g}"
+
+
+def duration(seconds):
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def record_row(root, folder, record, curve, budget):
+    """A record as cells of the tables; name, value and efficiency are for the pictures."""
+    runs = record["runs"]
+
+    def mean(what):
+        return mean_loss(record, what)
+
+    loss = mean("val_loss")
+    loss_cell = f"{loss:.4f}"
+    if len(runs) > 1:
+        loss_cell += f" ({len(runs)} seeds)"
+    # Adding zero keeps a gap that rounds to zero from being shown as -0.0000.
+    gap = round(mean("test_loss") - loss, 4) + 0.0
+    efficiency = data_efficiency(curve, loss, budget)
+    link = folder.relative_to(root).as_posix()
+    return {
+        "loss": loss_cell,
+        "bpb": f"{mean('val_bpb'):.4f}",
+        "data": times(efficiency),
+        "compute": times(compute_multiplier(curve, loss, mean("train_flops"))),
+        "gap": f"{gap:+.4f}",
+        "params": short(mean("parameters")),
+        "use": short(mean("score_flops_per_token")),
+        "seen": short(mean("tokens_seen")),
+        "time": duration(mean("train_seconds")),
+        "hardware": runs[0]["hardware"],
+        "what": record["description"],
+        "date": record["date"],
+        "by": ", ".join(record["contributors"]),
+        "files": f"[note]({link}/README.md) [log]({link}/{runs[0]['log']})",
+        "value": loss,
+        "efficiency": efficiency,
+        "name": folder.name,
+    }
+
+
+def reference_row(reference, curve, budget):
+    """A result that was published elsewhere, as cells of the tables."""
+    loss = reference["val_loss"]
+    return {
+        "loss": f"{loss:.3f}",
+        "data": times(data_efficiency(curve, loss, budget)),
+        "what": f"*{reference['what']}*",
+        "date": reference["date"],
+        "time": reference["time"],
+        "by": reference["by"],
+        "files": f"[source]({reference['url']})",
+        "value": loss,
+    }
+
+
+def board_rows(root, tracks, baselines, track):
+    """The track's records, which have a rank, and the published results, best first; each a dict of cells."""
+    rules = tracks["tracks"][track]
+    budget = tracks["datasets"][rules["dataset"]]["train_tokens"]
+    curve = baselines[rules["dataset"]]
+    rows = [record_row(root, folder, record, curve, budget) for folder, record in all_records(root, track)]
+    rows += [reference_row(reference, curve, budget) for reference in rules.get("references", [])]
+    rows.sort(key=lambda row: row["value"])
+    records = [row for row in rows if "name" in row]
+    for rank, row in enumerate(records, 1):
+        row["rank"] = str(rank)
+    return rows
+
+
+def table(columns, rows):
+    """Lines of Markdown, one for each row, and an empty one."""
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + " --- |" * len(columns)]
+    for row in rows:
+        cells = [row.get(name, "") for name in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
+
+
+def track_section(track, title, rows, drawn):
+    """(lines, pictures) of a track that has records."""
+    records = [row for row in rows if "name" in row]
+    for row in rows:
+        if "name" not in row:
+            row["what"] += f" ({ELSEWHERE})"
+    lines = [f"### {track}", "", f"{title}.", "", *table(RESULT, rows)]
+    lines += ["Cost of each record:", "", *table(COST, records)]
+    pictures = {}
+    for kind, draw, words in (
+        ("progress", draw_progress, "loss and data efficiency, record by record"),
+        ("curve", draw_curve, "the baseline's loss on more tokens, and the records at the budget"),
+    ):
+        light = f"records/pictures/{track}_{kind}_light.svg"
+        dark = f"records/pictures/{track}_{kind}_dark.svg"
+        pictures[light] = (draw, drawn, "light")
+        pictures[dark] = (draw, drawn, "dark")
+        source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        image = f'<img alt="{track}: {words}" src="{light}">'
+        lines += [f"<picture>{source}{image}</picture>", ""]
+    return lines, pictures
+
+
+def board_and_pictures(root):
+    """The text between the markers of README.md, and the pictures to draw: {path: (function, data, theme)}.
+
+    A track with records has a section. Those for which there are only results published elsewhere share a
+    table, one for each kind of data. A track with neither is a line.
+    """
+    tracks = read_tracks(root)
+    baselines = read_json(root / "records" / "baselines.json")
+    sections = []
+    pictures = {}
+    published = {}
+    empty = []
+    for track, rules in tracks["tracks"].items():
+        rows = board_rows(root, tracks, baselines, track)
+        records = [row for row in rows if "name" in row]
+        if records:
+            by_loss = sorted(records, key=lambda row: -row["value"])
+            drawn = {
+                "records": [(row["name"], row["value"], row["efficiency"]) for row in by_loss],
+                "track": track,
+                "budget": tracks["datasets"][rules["dataset"]]["train_tokens"],
+                "points": baselines[rules["dataset"]]["points"],
+            }
+            lines, new = track_section(track, rules["title"], rows, drawn)
+            sections += lines
+            pictures |= new
+        elif rows:
+            data, _, limit = rules["title"].partition(", ")
+            for row in rows:
+                row |= {"track": track, "limit": limit}
+            published.setdefault(data, {})[track] = rows
+        else:
+            empty += [f"**{track}**: {rules['title']}. No record yet.", ""]
+    for data, by_track in published.items():
+        rows = [row for rows in by_track.values() for row in rows]
+        sections += [f"### {', '.join(by_track)}", ""]
+        sections += [f"{data}. No record here yet; these results are {ELSEWHERE}.", ""]
+        sections += table(PUBLISHED, rows)
+    return "\n".join([*sections, *empty]), pictures
+
+
+def between(page, begin, end, text):
+    """The page with `text` between two of its marker lines."""
+    head = page.split(begin)[0]
+    tail = page.split(end)[1]
+    return f"{head}{begin}\n{text}\n{end}{tail}"
+
+
+def top_of_board(root):
+    """Lines of a short table: each track's standing record, and the best published result of `limited`."""
+    tracks = read_tracks(root)
+    baselines = read_json(root / "records" / "baselines.json")
+    rows = []
+    for track in tracks["tracks"]:
+        for row in board_rows(root, tracks, baselines, track)[:1]:
+            if "name" in row or track == "limited":
+                rows.append(row | {"track": track})
+    return table(TOP, rows)[:-1]
+
+
+def stale(root):
+    """What render would change: {path: function that writes or removes it}."""
+    for folder in record_folders(root):
+        for fault in verify_record(folder, root):
+            raise Refused(f"the board holds only what verifies: {fault}")
+    text, pictures = board_and_pictures(root)
+    changes = {}
+
+    readme = root / "README.md"
+    before = readme.read_text()
+    if before.count(BEGIN) != 1 or before.count(END) != 1:
+        raise Refused(f"{readme}: lacks the lines {BEGIN} and {END}, or has them twice")
+    after = between(before, BEGIN, END, text)
+    if TOP_BEGIN in before:
+        after = between(after, TOP_BEGIN, TOP_END, "\n".join(top_of_board(root)))
+    if after != before:
+        changes[readme] = functools.partial(readme.write_text, after)
+
+    for name, (draw, data, theme) in pictures.items():
+        # matplotlib's output differs between versions, so a picture is known by what it was drawn from, not
+        # by its bytes.
+        source = inspect.getsource(draw) + inspect.getsource(figure)
+        content = json.dumps([data, theme, INK]) + source
+        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+        path = root / name
+        if not path.exists() or digest not in path.read_text()[:2000]:
+            changes[path] = functools.partial(draw_into, path, draw, data, theme, digest)
+    for path in (root / "records" / "pictures").glob("*.svg"):
+        if path.relative_to(root).as_posix() not in pictures:
+            changes[path] = path.unlink
+    return changes
+
+
+def draw_into(path, draw, data, theme, digest):
+    save_picture(path, draw(data, theme), digest)
+
+
+def render_command(args):
+    changes = stale(ROOT)
+    for path, write in changes.items():
+        name = os.path.relpath(path)
+        if args.check:
+            print(f"{name}: stale; run python records/leaderboard.py render")
+        else:
+            write()
+            print(f"{name}: written")
+    if not changes:
+        print("the board is up to date")
+    return bool(changes) and args.check

@@ -1,0 +1,487 @@
+"""
+Files as the referee reads them: the rules, records, logs, token shards and arrays.
+
+A log is read in one place, here. Everything that looks at one (verify, compare, forecast, sweeps, judge) gets
+the same lines, and the same reading of each. Nothing here imports train_gpt.py or trusts what it wrote.
+"""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+# The header of a shard; data/README.md has the format.
+HEADER_INTS = 256
+MAGIC = 20240520
+
+# In tracks.json, this takes the place of a hash or a size that no record has set yet.
+OPEN = "set by the first record"
+
+# Each number of val_nll.npy is the summed NLL of this many tokens.
+BLOCK = 1000
+
+# The name of a record's folder.
+NAME = r"\d{4}-\d\d-\d\d_[a-z0-9][a-z0-9-]{0,39}"
+
+
+class Refused(Exception):
+    """A mistake of the user: one line, exit status 2."""
+
+
+def printable(text):
+    """A stranger's text, unable to steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\t" else "?" for c in text)
+
+
+# ---- JSON --------------------------------------------------------------------------------------------------
+
+
+def parse_json(text):
+    """What a JSON text holds. ValueError if it is not JSON, which has no NaN and no Infinity."""
+
+    def refuse(word):
+        raise ValueError(f"holds {word}")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def read_json(path):
+    """What a JSON file holds. OSError or ValueError where there is none."""
+    return parse_json(path.read_text())
+
+
+def write_json(path, content):
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def require_keys(content, *names):
+    """TypeError or KeyError, unless this is a dict with these names."""
+    if not isinstance(content, dict):
+        raise TypeError(f"not an object but a {type(content).__name__}")
+    for name in names:
+        if name not in content:
+            raise KeyError(name)
+
+
+# ---- arrays ------------------------------------------------------------------------------------------------
+
+
+def known_hash(dataset, shard):
+    """A shard's sha256, or None where tracks.json leaves it open."""
+    digest = dataset["sha256"][shard]
+    return None if digest == OPEN else digest
+
+
+def read_shard(path, sha256=None):
+    """Token ids of a shard, uint16 [n]. Refused where its bytes do not have the given sha256."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as e:
+        raise Refused(f"{path}: {e.strerror}; prepare the data: python data/prepare.py --help")
+    if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+        raise Refused(f"{path}: its sha256 is not the one in records/tracks.json; prepare the data again")
+    header_bytes = 4 * HEADER_INTS
+    header = np.frombuffer(data[:header_bytes], dtype="<i4")
+    is_shard = len(header) == HEADER_INTS and header[0] == MAGIC and header[1] == 1
+    if not is_shard or len(data) != header_bytes + 2 * int(header[2]):
+        raise Refused(f"{path}: not a token shard; data/README.md has the format")
+    return np.frombuffer(data, dtype="<u2", offset=header_bytes)
+
+
+def write_shard(path, tokens):
+    header = np.zeros(HEADER_INTS, dtype="<i4")
+    header[:3] = MAGIC, 1, len(tokens)
+    path.write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+
+
+def read_npy(path, max_bytes):
+    """The array in a .npy file. ValueError where it is none, holds objects, or is larger than max_bytes."""
+    if not os.path.isfile(path):
+        raise ValueError("no such file, or not a plain one")
+    size = os.path.getsize(path)
+    if size > max_bytes:
+        raise ValueError(f"{size:,} bytes, but it cannot need more than {max_bytes:,}")
+    try:
+        with open(path, "rb") as f:
+            return np.lib.format.read_array(f, allow_pickle=False)
+    except Exception as e:
+        # A header that somebody made up can raise anything.
+        raise ValueError(f"not a .npy file of numbers ({type(e).__name__}: {e})")
+
+
+# ---- tracks and records ------------------------------------------------------------------------------------
+
+
+def read_tracks(root=ROOT):
+    return read_json(root / "records" / "tracks.json")
+
+
+def mean_loss(record, what="val_loss"):
+    return float(np.mean([run[what] for run in record["runs"]]))
+
+
+def record_folders(root):
+    """All records, by track and date."""
+    return sorted(p for p in (root / "records").glob("*/*") if p.is_dir() and re.match(NAME, p.name))
+
+
+def earlier_records(root, track, submitted):
+    """Records of a track that were submitted before a time, the oldest first: [(folder, record)]."""
+    found = []
+    for folder in record_folders(root):
+        if folder.parent.name != track:
+            continue
+        try:
+            record = read_json(folder / "record.json")
+            # Others read these of it.
+            require_keys(record["runs"][0]["data_sha256"])
+            mean_loss(record)
+            when = str(record["submitted"])
+        except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+            # It has a fault of its own, which verify names when it comes to it.
+            continue
+        if when < submitted:
+            found.append((when, folder, record))
+    found.sort(key=lambda entry: entry[:2])
+    return [(folder, record) for _, folder, record in found]
+
+
+def all_records(root, track):
+    """All readable records of a track, the oldest first."""
+    return earlier_records(root, track, "~")
+
+
+def standing_record(root, track, submitted="~"):
+    """(folder, record) of the best record that was submitted before a time, or None where there is none."""
+    before = earlier_records(root, track, submitted)
+    return min(before, key=lambda entry: mean_loss(entry[1]), default=None)
+
+
+def expected_hashes(root, tracks, name):
+    """sha256 of a dataset's shards. Where tracks.json leaves them open, its oldest record has set them."""
+    hashes = dict(tracks["datasets"][name]["sha256"])
+    if OPEN in hashes.values():
+        records = []
+        for track, rules in tracks["tracks"].items():
+            if rules["dataset"] == name:
+                records += [record for _, record in all_records(root, track)]
+        if records:
+            oldest = min(records, key=lambda record: record["submitted"])
+            hashes |= oldest["runs"][0]["data_sha256"]
+    return hashes
+
+
+# ---- logs --------------------------------------------------------------------------------------------------
+
+SOURCE_HEADER = re.compile(r"==== source ([^ ]*) bytes=([0-9]{1,9}) sha256=([^ ]*)")
+SOURCE_END = b"\n==== end of source\n"
+
+
+def split_log(log):
+    """(source, name of the script, rest of the log) from the bytes of a log.txt. ValueError if it is no log.
+
+    The header states the length and the sha256 of the source, and an end mark follows it. Nothing is searched
+    for inside the source, so it may contain any line.
+    """
+    header, _, rest = log.partition(b"\n")
+    found = SOURCE_HEADER.fullmatch(header.decode("utf-8", "replace"))
+    if found:
+        name, length, claimed = found.groups()
+        source = rest[: int(length)]
+        after = rest[int(length) :]
+        if len(source) == int(length) and after.startswith(SOURCE_END):
+            digest = hashlib.sha256(source).hexdigest()
+            if digest != claimed:
+                raise ValueError(f"the header of the source claims sha256 {claimed}, the source has {digest}")
+            return source, name, after[len(SOURCE_END) :]
+    raise ValueError("does not begin with '==== source NAME bytes=N sha256=HEX' and a source of that length")
+
+
+# Parts of a line. Numbers have bounds: somebody else wrote them, and one of 400 digits is read as infinity.
+INT = r"\d{1,9}"
+FLOAT = r"\d{1,15}\.\d{1,15}"
+COUNT = r"\d[\d,]{0,20}"
+MEMBER = rf"(?:member (?P<member>{INT}) )?"
+AT = rf"(?P<step>{INT})/(?P<steps>{INT})"
+
+
+def parse_count(text):
+    """12,345 -> 12345"""
+    return int(text.replace(",", ""))
+
+
+# The kinds of lines, each with its form. A member is a model of an ensemble, counted from 1; a line that
+# names none is about the first. Losses are in nats per token, and seconds are on the run's clock.
+
+
+class Step(NamedTuple):
+    """A training step. Its loss is that of a bag of tokens at each position where the log says bag_loss."""
+
+    member: int
+    step: int
+    steps: int
+    epoch: float
+    loss: float
+    of_bags: bool
+    seconds: float
+
+    # Other terms may follow the loss, each with its name, and then rates.
+    form = (
+        rf"{MEMBER}step {AT} epoch (?P<epoch>{FLOAT}) (?P<name>loss|bag_loss) (?P<loss>{FLOAT}) "
+        rf".*?\btime (?P<seconds>{FLOAT})s\b.*"
+    )
+
+    @classmethod
+    def read(cls, found):
+        return cls(
+            member=int(found["member"] or 1),
+            step=int(found["step"]),
+            steps=int(found["steps"]),
+            epoch=float(found["epoch"]),
+            loss=float(found["loss"]),
+            of_bags=found["name"] == "bag_loss",
+            seconds=float(found["seconds"]),
+        )
+
+
+class Eval(NamedTuple):
+    """A look at the validation loss during training. word: "eval", or "probe" in old logs."""
+
+    member: int
+    step: int
+    steps: int
+    loss: float
+    word: str
+
+    form = rf"{MEMBER}(?P<word>eval|probe) {AT} val_loss (?P<loss>{FLOAT}) on .*"
+
+    @classmethod
+    def read(cls, found):
+        return cls(
+            member=int(found["member"] or 1),
+            step=int(found["step"]),
+            steps=int(found["steps"]),
+            loss=float(found["loss"]),
+            word=found["word"],
+        )
+
+
+class Done(NamedTuple):
+    """The evaluation after a member's last step: of it alone, and of the members so far together."""
+
+    member: int
+    alone: float
+    together: float
+
+    form = (
+        rf"member (?P<member>{INT}) done: val_loss (?P<alone>{FLOAT}), "
+        rf"the members so far together (?P<together>{FLOAT}), on .*"
+    )
+
+    @classmethod
+    def read(cls, found):
+        return cls(int(found["member"]), float(found["alone"]), float(found["together"]))
+
+
+class Alone(NamedTuple):
+    """A member's own loss on the whole validation stream, known once the run is scored."""
+
+    member: int
+    loss: float
+
+    form = rf"member (?P<member>{INT}) alone: (?P<loss>{FLOAT}); .*"
+
+    @classmethod
+    def read(cls, found):
+        return cls(int(found["member"]), float(found["loss"]))
+
+
+class Chain(NamedTuple):
+    """What follows is a chain that was trained apart, with a clock of its own, on so many ranks."""
+
+    ranks: int
+
+    form = rf"chain {INT} of {INT}: (?P<ranks>[1-9]\d{{0,6}}) rank\(s\).*"
+
+    @classmethod
+    def read(cls, found):
+        return cls(int(found["ranks"]))
+
+
+class Hardware(NamedTuple):
+    """The machine, said again after each resumption. threads: of each rank."""
+
+    name: str
+    ranks: int
+    threads: int
+
+    form = rf"hardware: (?P<name>.*); (?P<ranks>{INT}) rank\(s\) of (?P<threads>{INT}) thread\(s\)"
+
+    @classmethod
+    def read(cls, found):
+        return cls(found["name"], int(found["ranks"]), int(found["threads"]))
+
+
+class Size(NamedTuple):
+    """The line at the beginning that tells the size of the first model."""
+
+    parameters: int
+
+    form = rf"run .*?\b(?P<parameters>{COUNT}) parameters,.*"
+
+    @classmethod
+    def read(cls, found):
+        return cls(parse_count(found["parameters"]))
+
+
+class Trained(NamedTuple):
+    """The end of training. flops: None where the script did not count them."""
+
+    seconds: float
+    tokens_seen: int
+    flops: float | None
+
+    form = (
+        rf"trained for (?P<seconds>{FLOAT}) s, (?P<tokens>{COUNT}) tokens seen"
+        r"(?:, (?P<flops>\d{1,15}(?:\.\d{1,15})?(?:e\+\d{1,2})?) FLOPs)?(?:, .*)?"
+    )
+
+    @classmethod
+    def read(cls, found):
+        flops = None
+        if found["flops"]:
+            flops = float(found["flops"])
+        return cls(float(found["seconds"]), parse_count(found["tokens"]), flops)
+
+
+class Score(NamedTuple):
+    """The result on the whole validation stream. val_tokens: how many of its tokens are scored."""
+
+    val_loss: float
+    val_bpb: float
+    val_tokens: int
+
+    form = (
+        rf"val_loss (?P<loss>{FLOAT}) nats per token, (?P<bpb>{FLOAT}) bits per byte, "
+        rf"(?P<tokens>{COUNT}) tokens scored"
+    )
+
+    @classmethod
+    def read(cls, found):
+        return cls(float(found["loss"]), float(found["bpb"]), parse_count(found["tokens"]))
+
+
+class Malformed(NamedTuple):
+    """A line that begins like one of a kind (a class above), and goes on in another way."""
+
+    kind: type
+    line: str
+
+
+# By the word that a line begins with, or that follows "member N".
+KINDS = {
+    "step": Step,
+    "eval": Eval,
+    "probe": Eval,
+    "done:": Done,
+    "alone:": Alone,
+    "chain": Chain,
+    "hardware:": Hardware,
+    "run": Size,
+    "trained": Trained,
+    "val_loss": Score,
+}
+
+
+def parse_line(line):
+    """What a line of a log says, as one of the kinds above; None where it is none of these."""
+    words = line.split(" ", 3)
+    word = words[0]
+    if word == "member" and len(words) > 2:
+        word = words[2]
+    kind = KINDS.get(word)
+    if kind is None:
+        return None
+    # Digits of other alphabets are none.
+    found = re.fullmatch(kind.form, line, re.ASCII)
+    if found is None:
+        return Malformed(kind, line)
+    return kind.read(found)
+
+
+class Log(NamedTuple):
+    """A log.txt.
+
+    source: of the script, as bytes; None where the log was kept without it (baselines and ablations).
+    lines: what stands behind it, without what the model wrote. config: every field of the run's
+    configuration. data: what the run was trained on, or None. entries: what the lines say, in order.
+    """
+
+    source: bytes | None
+    script: str
+    lines: list
+    config: dict
+    data: dict | None
+    entries: list
+
+    def of(self, *kinds):
+        """The entries of these kinds, in order."""
+        return [entry for entry in self.entries if isinstance(entry, kinds)]
+
+    def malformed(self, *kinds):
+        """The lines that begin like one of these kinds and have another form."""
+        return [entry.line for entry in self.of(Malformed) if entry.kind in kinds]
+
+
+def json_line(lines, word):
+    """The object that the first line that begins with a word holds behind it; None without such a line.
+
+    ValueError where it holds something else.
+    """
+    line = next((line for line in lines if line.startswith(word)), None)
+    if line is None:
+        return None
+    try:
+        content = parse_json(line[len(word) :])
+        require_keys(content)
+    except (ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"its {word.strip()} line is damaged ({type(e).__name__}: {e})")
+    return content
+
+
+def read_log(path):
+    """The Log in a file, of a run that goes on as well as of a finished one.
+
+    OSError where it cannot be read, ValueError where it is no log or lacks its config line.
+    """
+    content = path.read_bytes()
+    header, _, rest = content.partition(b"\n")
+    kept = SOURCE_HEADER.fullmatch(header.decode("utf-8", "replace"))
+    if kept and rest.startswith(SOURCE_END[1:]):
+        source = None
+        script = kept[1]
+        rest = rest[len(SOURCE_END) - 1 :]
+    else:
+        source, script, rest = split_log(content)
+    # The end of a log that is being written may be half a character.
+    lines = rest.decode("utf-8", "replace").splitlines()
+    # What the model wrote on its own is no part of what the log says.
+    marks = [i for i, line in enumerate(lines) if line.startswith("----")]
+    if len(marks) >= 2:
+        del lines[marks[0] : marks[-1] + 1]
+    config = json_line(lines, "config ")
+    if config is None:
+        raise ValueError("lacks its config line")
+    entries = []
+    for line in lines:
+        entry = parse_line(line)
+        if entry is not None:
+            entries.append(entry)
+    return Log(source, script, lines, config, json_line(lines, "data "), entries)
