@@ -9,10 +9,15 @@ Tokenrun: how low can validation loss go on a fixed budget of training tokens?
     python train_gpt.py --score runs/NAME --tokens data/pocket/val.bin --nll out.npy
     python train_gpt.py --sample runs/NAME --prompt "def "
 
-A run leaves a folder: log.txt (this source, the environment, every step, the result), record.json,
-val_nll.npy and the weights. Sections, in order: config, machine, data, model, objective, optimizer,
-schedules, checkpoint, scoring, training, dry run, main. Change anything but the command line, which a referee
-runs.
+A run writes a folder: log.txt (this source, the environment, every step, the result), record.json,
+val_nll.npy and the weights. Change anything you like except the command line: a referee calls it.
+
+Sections, in order: config, schedules, machine, data, model, objective, optimizer, checkpoint, scoring,
+training, dry run, main. To change the model, see param_table and block; the loss: loss_function; the
+optimizer: muon_update and adamw_update. A step is train_command > train > train_model > train_step >
+train_pass > forward and objective, then optimizer.step. Everywhere, c is the Config, m the Machine, and p
+the weights, a dict of tensors by name. The look-ups' n-grams (Streams, Lookup), checkpoint, scoring, dry run
+and main can wait for a second reading.
 """
 
 import time
@@ -67,7 +72,8 @@ SOURCE_END = "\n==== end of source"
 
 
 class UserError(Exception):
-    """The process ends with this one line. Status 2: the user can fix it; 1: the run broke; 130: stopped."""
+    """Ends the process with this one-line message. Status 2: the user can fix it; 1: the run broke; 130:
+    stopped."""
 
     def __init__(self, message, status=2):
         super().__init__(message)
@@ -89,7 +95,8 @@ def first_line(e):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A recipe. The defaults are a plain model; PRESETS has the tracks' recipes."""
+    """A recipe. The defaults are a plain model; PRESETS has the tracks' recipes. The comment behind a field
+    is its text in --help."""
 
     track: str = "pocket"
     data: str = "pocket"  # a folder of data/ beside this script, or a path with a slash in it
@@ -120,17 +127,17 @@ class Config:
     loop_times: int = 0
     loop_from: float = 0.5
     # learning more from the same tokens
-    epochs: float = 3.2  # passes over train_tokens (a step of bags counts as one step)
+    epochs: float = 3.2  # passes over train_tokens; a step of bags counts as one of single tokens
     dropout: float = 0.0  # of what each attention and each MLP adds to the residual stream
     bag_size: int = 1  # token superposition (2605.06546): bags of tokens in, the next bag's tokens out
     bag_until: float = 0.0  # fraction of training at which bags end
     mtp_weight: float = 0.0  # weight of the loss on the token after the next (2404.19737)
     ema: float = 0.0  # final weights are an exponential moving average with this decay per step
     members: int = 1  # models trained in turn, each with its own seed; their mean probability is scored
-    chains: int = 1  # the members form this many chains of equal length
+    chains: int = 1  # the members form this many chains; in one, each learns from the one before it
     distill_alpha: float = 0.0  # in a chain, the share of the loss that is KL to the member before
     distill_temp: float = 1.0  # temperature of both distributions in that KL (1503.02531)
-    student: str = ""  # recipe changes for a last model that learns from all members and alone is scored
+    student: str = ""  # name=value,... changes the recipe of a last model, taught by all, scored alone
     teacher_switch_every: int = 25  # steps that a student learns from one member before it turns to the next
     # optimization
     batch_tokens: int = 4096  # tokens per optimizer step, over all ranks
@@ -240,8 +247,8 @@ def check_config(c):
     for name in ("recall", "memory"):
         well_formed = re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", getattr(c, name))
         require(well_formed, f"{given(name)}: write lengths with commas between, such as 4,8,16")
-    fractions = [fraction for fraction, _ in wd_points(c)] if is_course else [1, 0]
-    rising = fractions == sorted(fractions)
+    fractions = [fraction for fraction, _ in wd_points(c)] if is_course else []
+    rising = is_course and fractions == sorted(fractions)
     require(rising, f"{given('wd_points')}: write rising fraction:multiple pairs, such as 0:1,0.5:0.1,1:1.5")
     if c.student:
         student = model_configs(c)[-1]
@@ -276,7 +283,7 @@ def make_config(given):
 
 def model_configs(c):
     """The configs of the models that a run trains, in order: its members, which differ in seed, then its
-    student."""
+    student, if it has one."""
     members = [dataclasses.replace(c, seed=c.seed + 1000 * k, student="") for k in range(c.members)]
     if not c.student:
         return members
@@ -294,6 +301,45 @@ def model_configs(c):
     return [*members, dataclasses.replace(members[0], seed=c.seed + 1000 * c.members, **values)]
 
 
+# ---- schedules: pure functions of the fraction of training that is done, in [0, 1] -------------------------
+
+
+class Phase(NamedTuple):
+    """What a step runs: the layers, in order, and the number of tokens that one position stands for."""
+
+    layers: tuple
+    bag_size: int
+
+
+def lr_schedule(done, c):
+    """Warmup, hold, warmdown: the multiple of every learning rate."""
+    if done < c.warmup:
+        return done / c.warmup
+    return min(1.0, (1 - done) / max(c.warmdown, 1e-9))
+
+
+def momentum_schedule(done, c):
+    risen = min(1.0, done / max(c.momentum_warmup, 1e-9))
+    return c.momentum_start + (c.muon_momentum - c.momentum_start) * risen
+
+
+def wd_points(c):
+    return [tuple(map(float, point.split(":"))) for point in c.wd_points.split(",")]
+
+
+def wd_schedule(done, c):
+    fractions, multiples = zip(*wd_points(c), strict=True)
+    return float(np.interp(done, fractions, multiples))
+
+
+def phase_schedule(done, c):
+    layers = list(range(c.n_layer))
+    if c.loop_times and done >= c.loop_from:
+        loop = layers[c.loop_first : c.loop_last + 1]
+        layers[c.loop_last + 1 : c.loop_last + 1] = loop * c.loop_times
+    return Phase(tuple(layers), c.bag_size if done < c.bag_until else 1)
+
+
 # ---- machine -----------------------------------------------------------------------------------------------
 
 
@@ -307,7 +353,8 @@ class Machine:
     world_size: int = 1
     attention: str = "sdpa"
     compiled: bool = False
-    block: object = None  # block() and chunk_grad(), compiled or as they stand
+    # block() and chunk_grad() for training, compiled or as they stand; of set_compiled. Scoring runs block().
+    block: object = None
     chunk_grad: object = None
     reasons: dict = dataclasses.field(default_factory=dict)  # of each choice, for the log
 
@@ -350,7 +397,7 @@ def setup_machine(c, args):
 
 
 def choose_attention(m, c, wanted):
-    """The first of varlen flash attention, FlexAttention and SDPA that works here, both ways."""
+    """The first of varlen flash attention, FlexAttention and SDPA that works here, forward and backward."""
     available = ("varlen", "flex", "sdpa") if m.device.type == "cuda" else ("sdpa",)
     require(wanted in ("auto", *available), f"--attention {wanted}: needs a GPU; use --attention sdpa")
     failures = []
@@ -377,7 +424,8 @@ COMPILE_FROM_FLOPS = 2e13
 
 def set_compiled(m, wanted, train_flops=math.inf, failure=None):
     """Use the compiled or the plain functions. torch.compile needs Triton on a GPU, a C++ compiler on a CPU.
-    One layer is compiled, not the whole model: all layers share it, and so does every list of layers."""
+    One layer is compiled, not the whole model: all layers share the code, in whatever order a phase runs
+    them."""
     if m.device.type == "cuda":
         name = "Triton"
         found = torch.utils._triton.has_triton()
@@ -395,7 +443,7 @@ def set_compiled(m, wanted, train_flops=math.inf, failure=None):
     m.block = block
     m.chunk_grad = chunk_grad
     if m.compiled:
-        # Windows, phases and last micro-batches have shapes of their own.
+        # Windows, phases and last micro-batches each bring new shapes.
         torch._dynamo.config.recompile_limit = 64
         m.block = torch.compile(block, dynamic=False)
         m.chunk_grad = torch.compile(chunk_grad, dynamic=False)
@@ -480,7 +528,7 @@ def read_meta(c, m):
     return read_json(path, check_meta)
 
 
-def of_data(c, meta):
+def with_vocabulary(c, meta):
     """The config with the vocabulary of its data."""
     for name in ("vocab_size", "bos_id"):
         value = getattr(c, name)
@@ -541,7 +589,8 @@ class Streams:
         starts[:: streams.shape[1]] = True
         place = np.arange(len(self.tokens))
         self.document = np.cumsum(starts, dtype=np.uint64)  # each token's document
-        self.offset = place - np.maximum.accumulate(np.where(starts, place, 0))  # its place in that
+        begins = np.maximum.accumulate(np.where(starts, place, 0))
+        self.offset = place - begins  # each token's position in its document
         # Random codes of the tokens, times powers of an odd number, modulo 2**64. The hash of every n-gram
         # is then a difference of one running sum, shifted to a common power.
         base = 0x9E3779B97F4A7C15
@@ -551,7 +600,8 @@ class Streams:
         self.running_sum = np.cumsum(codes[self.tokens] * inverse_power)
 
     def ngrams(self, n):
-        """A hash, uint64, of the n-gram that ends at each token."""
+        """A hash, uint64, of the n-gram that ends at each token i: the sum of code[j] * base**(i - j) over
+        its n tokens j. Equal n-grams have equal hashes anywhere."""
         before = np.zeros_like(self.running_sum)
         before[n:] = self.running_sum[:-n]
         return (self.running_sum - before) * self.power
@@ -559,11 +609,11 @@ class Streams:
 
 class Lookup:
     """Makes the model's inputs: each token, and beside it, for each length n of c.recall, the token that
-    followed the last occurrence in the same document of the n tokens that end here; for each of c.memory
-    the same from the training documents. A training token never finds its own document in memory: what a
-    model learns to trust must be as good on unseen text. NO_TOKEN where there is no occurrence. Hard-wired
-    induction (2401.12973) and retrieval (2112.04426): exact, without attention, as far back as the document
-    goes, and never ahead."""
+    followed the last occurrence in the same document of the n tokens that end here; for each of c.memory the
+    same from the training documents. Training tokens skip matches in their own document: unseen text has none
+    in memory, and a model that had seen them would trust memory too much. NO_TOKEN where there is no
+    occurrence. Hard-wired induction (2401.12973) and retrieval (2112.04426): exact, without attention, as far
+    back as the document goes, and never ahead."""
 
     def __init__(self, train_tokens, c):
         """train_tokens: [n] of the budget; without c.memory they are only needed for training."""
@@ -575,7 +625,9 @@ class Lookup:
         streams = Streams(train_tokens[None], c.bos_id)
         place = np.arange(len(train_tokens) - 1)
         for n in lengths(c.memory):
-            ngram = streams.ngrams(n)[:-1]  # nothing follows the last token
+            # Nothing follows the last token. N-grams across a document's boundary are indexed, too, but hold
+            # a BOS inside, as no query does.
+            ngram = streams.ngrams(n)[:-1]
             order = np.argsort(ngram, kind="stable")
             ngram = ngram[order]
             document = streams.document[order]
@@ -584,15 +636,12 @@ class Lookup:
             run_start = np.maximum.accumulate(np.where(begins, place, 0))
             self.index.append((order, ngram, document, run_start))
 
-    def inputs(self, streams):
-        """Streams of ids [n_streams, length] -> uint16 [n_streams, length, 1 + n_lookups(c)]."""
-        return self._inputs(streams, in_training=False)
-
     def training_inputs(self):
-        """The same of the training tokens, as one stream: [n, 1 + n_lookups(c)]."""
-        return self._inputs(self.train_tokens[None], in_training=True)[0]
+        """Those of the training tokens, as one stream: uint16 [n, 1 + n_lookups(c)]."""
+        return self.inputs(self.train_tokens[None], in_training=True)[0]
 
-    def _inputs(self, ids, in_training):
+    def inputs(self, ids, in_training=False):
+        """Of streams of ids [n_streams, length]: uint16 [n_streams, length, 1 + n_lookups(c)]."""
         c = self.c
         if n_lookups(c) == 0:
             return ids[..., None]
@@ -614,6 +663,8 @@ class Lookup:
             match = np.empty(ids.size, np.int64)
             match[by_value] = np.searchsorted(known, ngram[by_value], side="right") - 1
             if in_training:
+                # The last match is in this very document: take the entry before the document's run, which may
+                # be of another n-gram and is then no match.
                 own = document[match] == streams.document
                 match = np.where(own, run_start[match] - 1, match)
             found = (match >= 0) & (known[match] == ngram) & (streams.offset >= n - 1)
@@ -655,9 +706,11 @@ class Loader:
         order = []
         placed = set()
         filled = 0
+        # Documents in shuffled order; but wherever one that is left would end exactly with the row, it comes
+        # first.
         for d in shuffled:
             while d not in placed:
-                fitting = by_length.get(-filled % self.row_tokens)  # documents that would end with their row
+                fitting = by_length.get(-filled % self.row_tokens)
                 while fitting and fitting[-1] in placed:
                     fitting.pop()
                 chosen = fitting.pop() if fitting else d
@@ -681,22 +734,23 @@ class Loader:
         return np.concatenate([self.inputs[a + shift : b + shift] for a, b, shift in pieces])
 
     def batch(self, step):
-        """This rank's inputs, int64 [rows, T, 1 + n_lookups(c)], its targets [rows, T / bag_size,
+        """This rank's inputs, int64 [rows, row_tokens, 1 + n_lookups(c)], its targets [rows, seq_len,
         bag_size], and the number of targets in the batch of all ranks."""
-        T, bag_size = self.row_tokens, self.bag_size
-        x = np.full((len(self.shard), T, self.inputs.shape[1]), self.c.bos_id, dtype=np.int64)
-        y = np.full((len(self.shard), T), -1, dtype=np.int64)
+        n = self.row_tokens
+        bag_size = self.bag_size
+        x = np.full((len(self.shard), n, self.inputs.shape[1]), self.c.bos_id, dtype=np.int64)
+        y = np.full((len(self.shard), n), -1, dtype=np.int64)
         n_targets = 0
         for j in range(self.batch_rows):
             epoch, k = divmod(step * self.batch_rows + j, self.rows_per_epoch)
             if epoch != self.epoch:
                 self.start_epoch(epoch)
             i = int(self.rows[k])
-            n_targets += max(0, min(T, self.n - bag_size - i * T))
+            n_targets += max(0, min(n, self.n - bag_size - i * n))
             if j in self.shard:
                 row = self.row(i)
                 at = j - self.shard.start
-                x[at, : len(row[:T])] = row[:T]
+                x[at, : len(row[:n])] = row[:n]
                 y[at, : len(row[bag_size:])] = row[bag_size:, 0]
         return torch.from_numpy(x), torch.from_numpy(y).unflatten(1, (-1, bag_size)), n_targets
 
@@ -737,22 +791,16 @@ class Batches:
 # ---- model -------------------------------------------------------------------------------------------------
 
 
-class Phase(NamedTuple):
-    """What a step runs: the layers, in order, and the number of tokens that one position stands for."""
-
-    layers: tuple
-    bag_size: int
-
-
 class Param(NamedTuple):
-    """A line of the parameter table. All that the script needs to know of a parameter stands here."""
+    """A line of the parameter table: what the optimizer, checkpoints and FLOPs need to know of a
+    parameter."""
 
     shape: tuple  # of a single layer's, if there is one for each; matrices are [out, in]
-    init: object  # function of (shape, generator): the first values, float32 on the CPU
+    init: object  # function of (stacked shape, generator): the first values, float32 on the CPU
     optimizer: str  # muon: matrices in the last two dimensions; adamw: anything
     lr: str  # the field of Config that holds its learning rate
     decay: bool  # weight decay applies
-    n_stack: int  # 0: the model has one; else stored as [n_stack, *shape], of which layer i gets i % n_stack
+    n_stack: int  # 0: the model has one; else stored as [n_stack, *shape], and layer i uses i % n_stack
     multiplied: bool  # every position is multiplied by it once (per layer that runs): counted in FLOPs
     used: bool  # by this config
 
@@ -778,7 +826,7 @@ def attention_init(bound):
 
     def init(shape, g):
         w = uniform(bound)(shape, g)
-        w[:, 3] = 0
+        w[:, 3] = 0  # [layer, o, out, in]
         return w
 
     return init
@@ -817,11 +865,13 @@ def param_table(c):
         "mlp_in":  Param((2, c.mlp_hidden, D),  uniform(bound),           *MATRIX, L, True,  True),
         "mlp_out": Param((D, c.mlp_hidden),     constant(0.0),            *MATRIX, L, True,  True),
         "mix":     Param((2,),                  constant([1.1, 0.1]),     *SCALAR, L, False, True),
+        # with both, the first gates the values, the last the attention's output
         "gates":   Param((n_gates, H, n_in),    constant(0.0),            *SCALAR, L, True,  n_gates > 0),
         "skip":    Param((c.n_layer // 2,),     constant(1.0),            *SCALAR, 0, False, has_skips),
         # a table for each look-up; its last row stands for NO_TOKEN
         "lookup":  Param((n_lookup, V + 1, D),  constant(0.0),            *EMBED,  0, False, has_lookups),
         "iha":     Param((3, H, H),             identity,                 *SCALAR, L, False, c.iha),
+        # not multiplied in scoring: PlannedModel.phase_flops counts it for training
         "mtp":     Param((1, D, D),             uniform(bound),           *MATRIX, 0, False, has_mtp),
     }
     # fmt: on
@@ -873,9 +923,11 @@ def attention_masks(starts, windows, impl, dtype):
         starts[:, 0] = True
         firsts = starts.flatten().nonzero()[:, 0].int()
         # Padded to a power of two with empty sequences, so that the kernel nearly always sees one shape.
+        # There is always one: it also ends the last document.
         room = 1 << max(B * T // 256, len(firsts)).bit_length()
         cu_seqlens = F.pad(firsts, (0, room - len(firsts)), value=B * T)
         return {window: (cu_seqlens, window) for window in windows}
+    # Documents count from 1: with_block_before pads with zeros, which are nobody's.
     document = starts.cumsum(1, dtype=torch.int32) + 1
     if impl == "flex":
 
@@ -926,8 +978,7 @@ def attention(q, k, v, mask, impl):
     if in_blocks:  # a short window: each block of queries has its own keys and those of the block before
         k = with_block_before(k, block_size).flatten(0, 1)
         v = with_block_before(v, block_size).flatten(0, 1)
-    q_blocks = q.reshape(-1, block_size, *q.shape[2:])
-    q_blocks = q_blocks.transpose(1, 2)
+    q_blocks = q.reshape(-1, block_size, *q.shape[2:]).transpose(1, 2)
     k = k.transpose(1, 2)
     v = v.transpose(1, 2)
     if in_blocks:  # step by step: SDPA is slow on problems this small
@@ -976,7 +1027,7 @@ def embed(p, inputs, c, bag_size):
     starts = tokens == c.bos_id
     x = F.embedding(tokens, p["wte"])
     for k in range(n_lookups(c)):
-        table = p["lookup"][k]
+        table = p["lookup"][k]  # NO_TOKEN, far beyond its end, becomes its last row
         x = x + F.embedding(inputs[..., 1 + k].clamp_max(len(table) - 1), table)
     if bag_size == 1:
         return x, starts
@@ -1028,19 +1079,26 @@ def flops_per_token(c, phase):
 # ---- objective ---------------------------------------------------------------------------------------------
 
 
+def low_precision_head(w, dtype):
+    """The head [V, D] in the dtype of the products. A row of 50,257 logits in bf16 does not begin at a
+    multiple of 16 bytes, as a GPU's fast kernels need, so V is rounded up to a multiple of 8."""
+    return F.pad(w.to(dtype), (0, 0, 0, -len(w) % 8))
+
+
 def head_logits(h, head, c):
-    """Float32 logits [..., V] within +-c.softcap, of hidden states h [..., D] under head [V', D]. V' is V
-    rounded up: the rows beyond V are not part of the model."""
+    """Float32 logits [..., V] within +-c.softcap, of hidden states h [..., D] under a head, which may be a
+    low_precision_head() with rows beyond V."""
     logits = F.linear(h, head)[..., : c.vocab_size].float()
     return c.softcap * torch.tanh(logits / c.softcap)
 
 
 def loss_function(logits, targets, c, teacher_logits=None):
     """(the loss to minimize, what to log of it by name), sums over a chunk of n tokens, in nats. Plain
-    PyTorch: a new term is a line here, and a new entry of the dict stands in every step's line of the log.
+    PyTorch: a new term is a line here, and every entry of the dict is logged at every step. A term that needs
+    hidden states or weights goes into train_pass: append it to `roots`, and its gradient to `grads`.
 
-    logits: [n, V] float32. targets: [n, K], the K tokens of the next bag, which count alike; -1 counts
-    nothing. teacher_logits: [n, V] of the model to learn from. With it the loss is (1 - alpha) * CE + alpha
+    logits: [n, V] float32. targets: [n, K], the K tokens of the next bag, weighted equally; -1 is ignored.
+    teacher_logits: [n, V] of the model to learn from. With it the loss is (1 - alpha) * CE + alpha
     * temp**2 * KL(teacher || model), both at temperature temp (1503.02531)."""
     counted = targets >= 0
     log_p = logits.log_softmax(-1)
@@ -1068,23 +1126,17 @@ def chunk_grad(h, head, targets, scale, c, teacher_h=None, teacher_head=None):
     return torch.func.grad(scaled_loss, argnums=(0, 1), has_aux=True)(h, head)
 
 
-def low_precision_head(w, dtype):
-    """The head [V, D] in the dtype of the products. A row of 50,257 logits in bf16 does not begin at a
-    multiple of 16 bytes, as a GPU's fast kernels need, so V is rounded up to a multiple of 8."""
-    return F.pad(w.to(dtype), (0, 0, 0, -len(w) % 8))
-
-
-def objective(h, head, targets, scale, c, m, teacher=None):
+def objective(h, head, targets, scale, c, m, teacher_out=None):
     """(gradient of h, float32 gradient of head, logged sums) of scale * loss, chunk by chunk: never all
-    logits at once. h [N, D] from forward(); head of low_precision_head(); targets [N, K]; scale: a tensor;
-    teacher: its (h, head)."""
+    logits at once. h [N, D] from forward(); head of low_precision_head(); targets [N, K]; scale: a tensor,
+    for torch.compile would recompile for every new number; teacher_out: a teacher's (h, head)."""
     grad_h = torch.empty_like(h)
     grad_head = torch.zeros_like(head, dtype=torch.float32)
     logged = {}
     for i in range(0, len(h), c.loss_chunk):
         chunk = slice(i, i + c.loss_chunk)
-        taught = (teacher[0][chunk], teacher[1]) if teacher else ()
-        grads, sums = m.chunk_grad(h[chunk], head, targets[chunk], scale, c, *taught)
+        teacher_chunk = (teacher_out[0][chunk], teacher_out[1]) if teacher_out else ()
+        grads, sums = m.chunk_grad(h[chunk], head, targets[chunk], scale, c, *teacher_chunk)
         grad_h[chunk] = grads[0]
         grad_head += grads[1]
         logged = {name: logged.get(name, 0.0) + value for name, value in sums.items()}
@@ -1095,24 +1147,27 @@ def train_pass(p, x, y, n_targets, c, m, phase, seed, teacher=None):
     """Forward and backward of one micro-batch; gradients add up in p[name].grad. x, y: of Loader.batch.
     n_targets: of the whole batch, over which the losses are averaged. teacher: (Config, weights). Returns
     the logged losses."""
-    # What is dropped depends on the step alone, so that a resumed run repeats it.
+    # Dropout depends only on the seed, the step, the rank and the micro-batch, so a resumed run repeats it.
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     x = x.to(m.device, non_blocking=True)
     y = y.to(m.device, non_blocking=True)
-    shown = None
-    if teacher and phase.bag_size == 1:  # a teacher of single tokens has nothing to say about bags
+    teacher_out = None
+    if teacher and phase.bag_size == 1:  # the teacher predicts single tokens, so it sits out the bags
         c_teacher, p_teacher = teacher
         with torch.no_grad():
             h = forward(p_teacher, x, c_teacher, m, phase_schedule(1.0, c_teacher), run_block=m.block)
-        shown = h.flatten(0, 1), low_precision_head(p_teacher["lm_head"], m.dtype)
+        teacher_out = h.flatten(0, 1), low_precision_head(p_teacher["lm_head"], m.dtype)
     h = forward(p, x, c, m, phase, c.dropout, m.block).flatten(0, 1)
+    # The backward pass has two parts: objective() goes back through the loss and the head, whose gradient is
+    # added by hand below; from h on, autograd takes over.
     head = low_precision_head(p["lm_head"].detach(), m.dtype)
     scale = torch.tensor(1 / n_targets, device=m.device)
-    grad_h, grad_head, logged = objective(h.detach(), head, y.flatten(0, 1), scale, c, m, shown)
-    roots, grads = [h], [grad_h]
+    grad_h, grad_head, logged = objective(h.detach(), head, y.flatten(0, 1), scale, c, m, teacher_out)
+    roots = [h]
+    grads = [grad_h]
     if phase.bag_size > 1:
         logged["bag_loss"] = logged.pop("loss")
-    if c.mtp_weight:
+    if c.mtp_weight:  # plain cross-entropy, with or without a teacher, on top of the loss
         after_next = F.pad(y[:, 1:], (0, 0, 0, 1), value=-1).flatten(0, 1)
         h_mtp = norm(F.linear(h, p["mtp"][0].to(h.dtype)))
         grad_mtp, grad, sums = objective(h_mtp.detach(), head, after_next, c.mtp_weight * scale, c, m)
@@ -1161,7 +1216,7 @@ def muon_update(w, grad, momentum_buffer, second_moment, lr, wd, momentum, beta2
     size = g.norm(dim=(-2, -1), keepdim=True)
     second_moment.lerp_(g.square().mean(-1, keepdim=True), 1 - beta2)
     g = g * second_moment.clamp_min(1e-10).rsqrt()
-    # The second moment turns the update, it does not lengthen it.
+    # The second moment changes the update's direction; its norm is restored.
     g = g * (size / g.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-10))
     scale = lr * max(1.0, w.size(-2) / w.size(-1)) ** 0.5
     w.sub_(scale * g + lr * wd * w * (g * w > 0))
@@ -1177,9 +1232,9 @@ def adamw_update(w, grad, m1, m2, lr, wd, beta1, beta2, step, eps=1e-10):
 
 
 class MuonAdamW:
-    """Muon for matrices, AdamW for the rest, as the parameter table says. A parameter is seen as rows:
-    single matrices [n, out, in] for Muon, single numbers [n] for AdamW. Each rank owns a shard of ceil(n /
-    world_size) consecutive rows and keeps optimizer state for these alone. A step sums the gradients onto
+    """Muon for matrices, AdamW for the rest, as the parameter table says. A parameter is split into items:
+    whole matrices [n, out, in] for Muon, single numbers [n] for AdamW. Each rank owns a shard of ceil(n /
+    world_size) consecutive items and keeps optimizer state for these alone. A step sums the gradients onto
     their owners, updates there, and sends the result to everyone; a single rank owns everything and sends
     nothing."""
 
@@ -1190,23 +1245,23 @@ class MuonAdamW:
         self.table = param_table(c)
         self.state = {}  # name -> (momentum, second moment) of this rank's shard
         for name, w in p.items():
-            rows = self.rows(name, w)
-            shard_shape = (-(-len(rows) // m.world_size), *rows.shape[1:])
+            items = self.items(name, w)
+            shard_shape = (-(-len(items) // m.world_size), *items.shape[1:])
             per_neuron = (*shard_shape[:2], 1) if self.table[name].optimizer == "muon" else shard_shape
             self.state[name] = (
                 torch.zeros(shard_shape, device=w.device),
                 torch.zeros(per_neuron, device=w.device),
             )
 
-    def rows(self, name, w):
+    def items(self, name, w):
         return w.view(-1, *w.shape[-2:]) if self.table[name].optimizer == "muon" else w.view(-1)
 
     def gather(self, shard, n, shard_size):
-        """All n rows from every rank's shard, of which the last may be shorter than the others or empty."""
+        """All n items from every rank's shard, of which the last may be shorter than the others or empty."""
         if self.m.world_size == 1:
             return shard
         whole = shard.new_empty(shard_size * self.m.world_size, *shard.shape[1:])
-        dist.all_gather_into_tensor(whole, pad_rows(shard, shard_size))
+        dist.all_gather_into_tensor(whole, pad_items(shard, shard_size))
         return whole[:n]
 
     @torch.no_grad()
@@ -1214,12 +1269,13 @@ class MuonAdamW:
         """lr and wd: multiples of the config's (see schedules). Drops the gradients, p[name].grad."""
         summed = {}  # name -> (gradient of this rank's shard, pending communication)
         for name, w in self.p.items():  # every sum is under way before the first update needs one
-            grad = self.rows(name, torch.zeros_like(w) if w.grad is None else w.grad)
+            # A parameter that this phase does not use has no gradient; its momentum decays.
+            grad = self.items(name, torch.zeros_like(w) if w.grad is None else w.grad)
             w.grad = None
             pending = None
             if self.m.world_size > 1:
                 shard_size = len(self.state[name][0])
-                whole = pad_rows(grad, shard_size * self.m.world_size)
+                whole = pad_items(grad, shard_size * self.m.world_size)
                 grad = whole.new_empty(shard_size, *whole.shape[1:])
                 pending = dist.reduce_scatter_tensor(grad, whole, async_op=True)
             summed[name] = grad, pending
@@ -1233,9 +1289,9 @@ class MuonAdamW:
         """Update this rank's shard of one parameter, and send it to everyone."""
         c = self.c
         entry = self.table[name]
-        rows = self.rows(name, w)
+        items = self.items(name, w)
         first, second = self.state[name]
-        shard = rows[self.m.rank * len(first) :][: len(first)]
+        shard = items[self.m.rank * len(first) :][: len(first)]
         n = len(shard)
         lr = lr * getattr(c, entry.lr)
         decay = wd * c.weight_decay if entry.decay else 0.0
@@ -1245,7 +1301,7 @@ class MuonAdamW:
         else:
             adamw_update(shard, grad[:n], first[:n], second[:n], lr, decay, c.adam_beta1, c.adam_beta2, step)
         if self.m.world_size > 1:
-            rows.copy_(self.gather(shard, len(rows), len(first)))
+            items.copy_(self.gather(shard, len(items), len(first)))
 
     @torch.no_grad()
     def state_dict(self):
@@ -1253,7 +1309,7 @@ class MuonAdamW:
         device = "cpu" if self.m.is_main else "meta"  # only the first writes it
         full = {}
         for name, w in self.p.items():
-            n = len(self.rows(name, w))
+            n = len(self.items(name, w))
             full[name] = [self.gather(shard, n, len(shard)).to(device) for shard in self.state[name]]
         return full
 
@@ -1265,47 +1321,15 @@ class MuonAdamW:
                 shard[: len(part)].copy_(part)
 
 
-def pad_rows(x, n):
+def pad_items(x, n):
     return torch.cat([x, x.new_zeros(n - len(x), *x.shape[1:])])
-
-
-# ---- schedules: pure functions of the fraction of training that is done, in [0, 1] -------------------------
-
-
-def lr_schedule(done, c):
-    """Warmup, hold, warmdown: the multiple of every learning rate."""
-    if done < c.warmup:
-        return done / c.warmup
-    return min(1.0, (1 - done) / max(c.warmdown, 1e-9))
-
-
-def momentum_schedule(done, c):
-    risen = min(1.0, done / max(c.momentum_warmup, 1e-9))
-    return c.momentum_start + (c.muon_momentum - c.momentum_start) * risen
-
-
-def wd_points(c):
-    return [tuple(map(float, point.split(":"))) for point in c.wd_points.split(",")]
-
-
-def wd_schedule(done, c):
-    fractions, multiples = zip(*wd_points(c), strict=True)
-    return float(np.interp(done, fractions, multiples))
-
-
-def phase_schedule(done, c):
-    layers = list(range(c.n_layer))
-    if c.loop_times and done >= c.loop_from:
-        loop = layers[c.loop_first : c.loop_last + 1]
-        layers[c.loop_last + 1 : c.loop_last + 1] = loop * c.loop_times
-    return Phase(tuple(layers), c.bag_size if done < c.bag_until else 1)
 
 
 # ---- checkpoint --------------------------------------------------------------------------------------------
 
 
 def write_file(path, data):
-    """Write bytes so that `path` holds all of them or is as it was, whatever happens."""
+    """Write bytes atomically: after a crash, `path` has the old content or the new."""
     tmp = path.with_name(path.name + ".tmp")
     try:
         with open(tmp, "wb") as f:
@@ -1331,7 +1355,8 @@ def write_npy(path, array):
 
 
 def saved(folder, kind):
-    """Checkpoints of a kind ("state": to resume; "weights": to score), oldest first."""
+    """Checkpoints of a kind ("state": to resume; "weights": to score), oldest first. A state's number is
+    model * 10**7 + step, padded to 7 digits, so the longer name is of the later model."""
     return sorted(folder.glob(f"{kind}-*.*.pt"), key=lambda path: (len(path.name), path.name))
 
 
@@ -1388,7 +1413,7 @@ def load_state(folder, force=False):
     return {"params": {}, "progress": progress | {"ranks": 0, "threads": 0}, "source": SOURCE_SHA256}
 
 
-RUNTIME_OPTIONS = ("steps", "device", "attention", "compile")  # of the start; they hold when a run is resumed
+RUNTIME_OPTIONS = ("steps", "device", "attention", "compile")  # chosen at the start, kept on resume
 
 
 def read_run(folder):
@@ -1441,6 +1466,7 @@ def stream_nll(p, inputs, c, m):
     n_streams, length, _ = inputs.shape
     phase = phase_schedule(1.0, c)
     out = torch.zeros(n_streams, length, device=m.device)
+    # Each window is (stream, start, T, new).
     windows = [(row, *window) for row in range(n_streams) for window in scoring_windows(length, c)]
     windows.sort(key=lambda window: -window[2])  # those of one length are scored together
     for T, group in itertools.groupby(windows, key=lambda window: window[2]):
@@ -1475,8 +1501,8 @@ def scored_models(c):
 
 
 def add_model(total, nll):
-    """-log of the summed probabilities of the models so far (np.inf: none yet) and of one more. Their mean
-    over n models has log(n) more."""
+    """total: -log of the sum of the probabilities of the models so far (np.inf: of none). Returns it with one
+    model more. That of the mean over n models is log(n) higher."""
     return -np.logaddexp(-total, -nll.astype(np.float64))
 
 
@@ -1627,13 +1653,13 @@ class Log:
 
 
 @dataclasses.dataclass
-class Model:
-    """One model of a run's training plan."""
+class PlannedModel:
+    """One entry of a run's training plan. Not a network: weights are dicts of tensors."""
 
     number: int
     c: Config
     batches: Batches
-    teachers: list  # of the Models that it learns from
+    teachers: list  # the PlannedModels that it learns from
     name: str  # in the log, with a space behind it; empty where a run has only one
 
     def phase_flops(self, phase):
@@ -1661,7 +1687,7 @@ class Model:
 
 
 def training_plan(c, inputs, m, steps=None):
-    """The Models of a run, in order. inputs: of Lookup.training_inputs."""
+    """The PlannedModels of a run, in order. inputs: of Lookup.training_inputs."""
     plan = []
     for k, c_model in enumerate(model_configs(c)):
         if k == c.members:  # the student
@@ -1671,7 +1697,7 @@ def training_plan(c, inputs, m, steps=None):
         else:
             teachers = []
         name = f"member {k + 1} " if c.members > 1 or c.student else ""
-        plan.append(Model(k, c_model, Batches(inputs, c_model, m, steps), teachers, name))
+        plan.append(PlannedModel(k, c_model, Batches(inputs, c_model, m, steps), teachers, name))
     return plan
 
 
@@ -1713,7 +1739,7 @@ def distinct_models(models):
 
 def compile_all(models, m):
     """Compile every phase of training on made-up tokens, or go on uncompiled. Returns the seconds."""
-    # Waiting for a rank that is late is not compilation, but waiting for the slowest compiler is.
+    # The first barrier keeps a late rank out of the time; the last one includes the slowest compiler.
     barrier(m)
     began = time.monotonic()
     if m.compiled and models:
@@ -1722,7 +1748,7 @@ def compile_all(models, m):
         try:
             for model in distinct_models(models):
                 compile_model(model, m)
-        except RuntimeError as e:  # as which torch._dynamo passes on whatever the compiler ran into
+        except RuntimeError as e:  # torch._dynamo raises compilers' errors as these
             set_compiled(m, "auto", failure=f"the compiler failed, {first_line(e)}")
     barrier(m)
     return time.monotonic() - began
@@ -1775,6 +1801,7 @@ def train(run, state):
     compile_seconds = compile_all(run.plan[progress["model"] :], m)
     run.log(f"compiled: {m.reasons['compiled']}; {compile_seconds:.1f} s, which the clock leaves out")
     progress["compile_seconds"] += compile_seconds
+    # So that run.seconds() goes on from progress["seconds"], without the compilation.
     run.clock_start = START + compile_seconds - progress["seconds"]
     ask_referee(run)
     total = np.inf
@@ -1782,13 +1809,14 @@ def train(run, state):
         is_new = model.number >= progress["model"]
         if is_new:
             p = train_model(run, model, state)
-            state = {"params": {}}
+            state = {"params": {}}  # it was of this model; the next one starts afresh
             if m.is_main:
                 save_tensors(run.folder, "weights", model.number, on_cpu(p))
             del p  # the next model needs the memory
             progress |= {"model": model.number + 1, "step": 0, "seconds": run.seconds()}
         barrier(m)  # all ranks read what the first has written
-        if len(run.plan) > 1:  # the mean also needs the models that an earlier part of the run has trained
+        # When a run is resumed, the models that it has trained already are only scored again, for the mean.
+        if len(run.plan) > 1:
             nll = stream_nll(load_weights(run.folder, model.number, model.c, m), run.eval_inputs, model.c, m)
             if model.number < run.c.members:
                 total = add_model(total, nll)
@@ -1859,7 +1887,7 @@ def train_model(run, model, state):
     p = {name: w.to(m.device).requires_grad_() for name, w in first_weights(run, model, state).items()}
     ema = None
     if c.ema:
-        begin = state["ema"] if state["params"] else p  # between two models a state holds neither
+        begin = state["ema"] if state["params"] else p  # resumed within a model, or at its first weights
         ema = {name: w.detach().to(m.device, copy=True) for name, w in begin.items()}
     optimizer = MuonAdamW(p, c, m)
     if state["params"]:
@@ -1871,13 +1899,13 @@ def train_model(run, model, state):
     began = time.monotonic()
     teacher = None
     for step in range(first_step, n_steps):
-        turn_ends = step % c.teacher_switch_every == 0 and len(model.teachers) > 1
-        if model.teachers and (step == first_step or turn_ends):
+        turn_begins = step % c.teacher_switch_every == 0 and len(model.teachers) > 1
+        if model.teachers and (step == first_step or turn_begins):
             teacher = None  # its memory is free before the next one comes
             teacher = load_teacher(run, model, step)
         losses = train_step(p, optimizer, model, step, m, teacher)
         if ema:
-            decay = min(c.ema, (step + 1) / (step + 10))  # a young average forgets its first steps
+            decay = min(c.ema, (step + 1) / (step + 10))  # shorter at first: the initial weights fade
             for name, w in ema.items():
                 w.lerp_(p[name].detach(), 1 - decay)
 
@@ -1904,7 +1932,7 @@ def train_model(run, model, state):
         times = f"tok/s {speed:.0f} time {run.progress['seconds']:.1f}s left {left:.0f}s"
         line = f"{where} epoch {model.batches.epoch(step + 1):.3f} {terms} lr {lr:.5f} {times}"
         run.log(line, pause=0.0 if step + 1 == n_steps else 2.0)
-        if step == first_step + 50:
+        if step == first_step + 50:  # now the speed is known: will the run end within the track's limits?
             ask_referee(run, "--seconds", f"{run.seconds() + left:.0f}")
         if step + 1 in eval_after:
             nll = stream_nll(ema or p, run.eval_inputs, c, m)
@@ -1926,17 +1954,18 @@ def finish(run):
     nll = run_nll(run.folder, run.val_inputs, c, m, log)
     if not m.is_main:
         return
+    # Sums over blocks of 1,000 tokens, which leaderboard.py compares between runs.
     write_npy(run.folder / "val_nll.npy", np.add.reduceat(nll[0], np.arange(0, nll.size, 1000)))
     scored = [c_model for _, c_model in scored_models(c)]
     score_flops = 0
     for c_model in scored:
-        windows_per_token = c_model.seq_len / (c_model.score_stride or c_model.seq_len)
-        score_flops += flops_per_token(c_model, phase_schedule(1.0, c_model)) * windows_per_token
+        passes_per_token = c_model.seq_len / (c_model.score_stride or c_model.seq_len)
+        score_flops += flops_per_token(c_model, phase_schedule(1.0, c_model)) * passes_per_token
     record = {
         "track": c.track,
         "trial": run.trial,
         "seed": c.seed,
-        "members": len(run.plan),
+        "members": len(run.plan),  # all that were trained, a student included; --resume compares this
         "scored": len(scored),
         "val_loss": mean_nll(nll),
         "val_bpb": nll.sum() / math.log(2) / run.meta["text_bytes"]["val"],
@@ -1983,7 +2012,7 @@ def finish(run):
     log(f"the run is in {run.folder}")
     ask_referee(run)
     log.sync()
-    # The last state holds no more than the clock. A kill may have left a half-written file.
+    # The last state is kept: it has no weights, just run.progress. A kill may have left a half-written file.
     for path in [*saved(run.folder, "state")[:-1], *run.folder.glob("*.tmp")]:
         path.unlink()
 
@@ -2048,9 +2077,10 @@ def dry_run(c, n_ranks):
     meta = (
         read_json(path, check_meta) if path.exists() else {"vocab_size": vocab_size, "bos_id": vocab_size - 1}
     )
-    c = of_data(c, meta)
+    c = with_vocabulary(c, meta)
     m = Machine(torch.device("cpu"), torch.float32 if c.dtype == "fp32" else torch.bfloat16, 0, n_ranks)
-    plan = training_plan(c, np.broadcast_to(np.uint16(0), (c.train_tokens, 1)), m)
+    tokens = np.broadcast_to(np.uint16(0), (c.train_tokens, 1))  # one document, which takes no memory
+    plan = training_plan(c, tokens, m)
     peak = 0.0
     print(f"{c.track}: {len(plan)} model(s) on {n_ranks} process(es)")
     for model in distinct_models(plan):
@@ -2097,7 +2127,9 @@ def train_command(given, args):
         m = setup_machine(c, args)
         meta = read_meta(c, m)
         # Fixed now: a resumed run must not choose again.
-        c = dataclasses.replace(of_data(c, meta), dtype="bf16" if m.dtype == torch.bfloat16 else "fp32")
+        c = dataclasses.replace(
+            with_vocabulary(c, meta), dtype="bf16" if m.dtype == torch.bfloat16 else "fp32"
+        )
         options = {name: getattr(args, name) for name in RUNTIME_OPTIONS} | {"trial": args.steps is not None}
         names = [str(args.run_dir or f"runs/{c.track}_{time.strftime('%Y%m%d_%H%M%S')}_s{c.seed}")]
         if m.world_size > 1:  # the clocks of the ranks may differ
@@ -2136,7 +2168,8 @@ def train_command(given, args):
 
 
 def continued(given, args):
-    """(Config, meta, runtime options) of a run to resume, perhaps with more members or a student."""
+    """(Config, meta, runtime options) of a run to resume, perhaps with more members or a student. Options in
+    args that were left open become the run's."""
     folder = args.resume
     c, meta, options = read_run(folder)
     for name in RUNTIME_OPTIONS:
@@ -2160,7 +2193,8 @@ def continued(given, args):
 
 
 def note_signal(run, number, frame):
-    """Asked once, a run stops after its step. Asked again later, or after training, it stops at once."""
+    """Asked once, a run stops after its step. Asked again later, or after training, it stops at once. Within
+    ten seconds it counts as once: torchrun passes on a Ctrl-C that the terminal has sent already."""
     again = run.stop_requested and time.monotonic() > run.stop_requested[0] + 10
     if again or run.training_over:
         raise UserError(f"stopped; go on with: python {SCRIPT} --resume {run.folder}", status=130)
@@ -2192,6 +2226,7 @@ def parse_args(argv):
     parser.add_argument("--attention", default="auto", choices=("auto", "varlen", "flex", "sdpa"))
     parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"))
     recipe = parser.add_argument_group("recipe: the fields of Config [value without --track]")
+    # The comment behind a field of Config is its help.
     comments = dict(re.findall(r"^    (\w+): \w+ = [^#\n]*# (.*)$", SOURCE.decode(), re.MULTILINE))
     metavars = {int: "N", float: "X", str: "TEXT", bool: "0|1"}
     for field in dataclasses.fields(Config):

@@ -294,7 +294,7 @@ def main():
         c = t.make_config({"track": "pocket", "members": 1, "bag_until": 0.0} | given)
         m = t.setup_machine(c, args)
         if own.loss:
-            c = dataclasses.replace(t.of_data(c, t.read_meta(c, m)), epochs=1.0)
+            c = dataclasses.replace(t.with_vocabulary(c, t.read_meta(c, m)), epochs=1.0)
     except t.UserError as e:
         sys.exit(f"bench.py: {e}")
     if own.loss:

@@ -150,7 +150,7 @@ def step_memory(model, m):
 
 
 def largest_model(c, n_ranks=1, compiled=True, attention="varlen"):
-    """(the last Model of a run, which has teachers if any has, and a rank's Machine)."""
+    """(the last PlannedModel of a run, which has teachers if any has, and a rank's Machine)."""
     dtype = torch.float32 if c.dtype == "fp32" else torch.bfloat16
     chunk_grad = t.chunk_grad
     m = t.Machine(torch.device("cpu"), dtype, 0, n_ranks, attention, compiled, t.block, chunk_grad)

@@ -184,10 +184,10 @@ def test_matrices_are_seen_one_by_one():
     c = config(**EVERY_PARAMETER)
     p = make_params(c)
     optimizer = t.MuonAdamW(p, c, make_machine())
-    assert optimizer.rows("attn", p["attn"]).shape == (3 * 5, 32, 32)
-    assert optimizer.rows("mlp_in", p["mlp_in"]).shape == (3 * 2, 48, 32)
-    assert optimizer.rows("mtp", p["mtp"]).shape == (1, 32, 32)
-    assert optimizer.rows("wte", p["wte"]).shape == (257 * 32,)
+    assert optimizer.items("attn", p["attn"]).shape == (3 * 5, 32, 32)
+    assert optimizer.items("mlp_in", p["mlp_in"]).shape == (3 * 2, 48, 32)
+    assert optimizer.items("mtp", p["mtp"]).shape == (1, 32, 32)
+    assert optimizer.items("wte", p["wte"]).shape == (257 * 32,)
 
 
 # ---- schedules
