@@ -238,9 +238,9 @@ def test_each_side_has_its_own_spread(root):
 def test_as_many_seeds_as_are_needed():
     """The number that compare names is the smallest for which its test has p < 0.01."""
     text = sums_of(0.7)
-    noise = np.random.default_rng(1).normal(0, 60, BLOCKS)
+    noise = np.random.default_rng(1).normal(0, 90, BLOCKS)
     tokens = 1000 * BLOCKS - 1
-    better = text - 14 + noise - noise.mean()
+    better = text - 16 + noise - noise.mean()
 
     def p_of(n):
         return compare.paired_test((better, np.zeros(n), tokens), (text, np.zeros(3), tokens), 0.008, 0.003)
