@@ -42,18 +42,12 @@ def judge(run, seconds=None, root=ROOT):
         track = started["config"]["track"]
         rules = tracks["tracks"][track]
         claims = claims_so_far(run, started, record, seconds)
-        over = over_the_limits(claims, rules, tracks["datasets"][rules["dataset"]])
         if seconds is not None:
+            over = over_the_limits(claims, rules, tracks["datasets"][rules["dataset"]])
             soon = "at this speed training will take {:,.0f} s, the track allows {:,}; lower --epochs"
             return [soon.format(value, limit) for what, value, limit in over if what == "train_seconds"]
         hashes = expected_hashes(root, tracks, rules["dataset"])
-        faults = []
-        if started.get("trial", started.get("steps") is not None):
-            faults.append("it is a trial (--steps, or an edited script)")
-        faults += [WORDS[what].format(value, limit) for what, value, limit in over]
-        for name, digest in started["data"]["sha256"].items():
-            if hashes.get(name) not in (digest, OPEN):
-                faults.append(f"{name} is not the track's")
+        faults = faults_of(claims, tracks, hashes)
         standing = standing_record(root, track)
         lines = [f"this run cannot become a record: {fault}" for fault in faults]
         if record is None:
@@ -61,6 +55,23 @@ def judge(run, seconds=None, root=ROOT):
         return [*finished(record, rules, standing), *lines, *next_steps(run, standing, faults)]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise Refused(f"{run}: not the folder of a run ({type(e).__name__}: {e})")
+
+
+def faults_of(claims, tracks, hashes):
+    """Why a run cannot become a record, a line for each reason.
+
+    claims: of the run, as in record.json. hashes: of its dataset's shards, from expected_hashes().
+    """
+    rules = tracks["tracks"][claims["track"]]
+    faults = []
+    if claims["trial"]:
+        faults.append("it is a trial (--steps, or an edited script)")
+    for what, value, limit in over_the_limits(claims, rules, tracks["datasets"][rules["dataset"]]):
+        faults.append(WORDS[what].format(value, limit))
+    for name, digest in claims["data_sha256"].items():
+        if hashes.get(name) not in (digest, OPEN):
+            faults.append(f"{name} is not the track's")
+    return faults
 
 
 def over_the_limits(claims, rules, dataset):
@@ -76,7 +87,7 @@ def over_the_limits(claims, rules, dataset):
 
 
 def claims_so_far(run, started, record, seconds):
-    """What over_the_limits() asks for, of a run that may have no record.json yet."""
+    """What faults_of() asks for, of a run that may have no record.json yet."""
     machines = read_log(run / "log.txt").of(Hardware)
     claims = {
         "train_tokens": started["config"]["train_tokens"],
@@ -88,7 +99,11 @@ def claims_so_far(run, started, record, seconds):
         claims |= record
     if seconds is not None:
         claims["train_seconds"] = seconds
-    return claims
+    return claims | {
+        "track": started["config"]["track"],
+        "trial": started.get("trial", started.get("steps") is not None),
+        "data_sha256": started["data"]["sha256"],
+    }
 
 
 def begun(track, rules, standing):

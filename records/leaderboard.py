@@ -3,8 +3,8 @@ The referee's desk: makes records out of runs, recomputes what they claim, compa
 
     python records/leaderboard.py submit runs/NAME [runs/NAME2 ...] --slug loops --note note.md
     python records/leaderboard.py verify [RECORD ...] [--smoke]   exit status 0: all hold; 1: a line per fault
-    python records/leaderboard.py compare A B        records or runs; commas between the seeds of one side
-    python records/leaderboard.py diff A B           what changed in the script
+    python records/leaderboard.py compare A [B]      is A better than B [the standing record], and a record?
+    python records/leaderboard.py diff A B           what changed in the options and in the script
     python records/leaderboard.py judge runs/NAME    what the track's rules make of a run, finished or not
     python records/leaderboard.py render [--check]   the tables of README.md and the pictures
 
@@ -14,8 +14,8 @@ train_gpt.py or trusts it: a claim counts if it follows from the files, and the 
 rules of tracks.json. records/README.md has the rules and their reasons.
 
 This file is the command line. The subjects have files of their own: reading.py (all files, logs above all),
-verify.py, smoke.py, audit.py, compare.py (statistics), judge.py, submit.py, board.py, efficiency.py and
-pictures.py.
+verify.py, smoke.py, audit.py, compare.py (statistics), diff.py, judge.py, submit.py, board.py, efficiency.py
+and pictures.py.
 """
 
 import argparse
@@ -25,7 +25,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from board import render_command
-from compare import compare_command, diff_command
+from compare import compare_command
+from diff import diff_command
 from judge import judge
 from reading import ROOT, Refused, record_folders
 from smoke import smoke
@@ -83,12 +84,12 @@ def parse_args(argv):
     )
     one.set_defaults(run=verify_command)
 
-    one = commands.add_parser("compare", help="is the difference of two losses more than chance?")
-    one.add_argument("a", metavar="A")
-    one.add_argument("b", metavar="B")
+    one = commands.add_parser("compare", help="is A better than B by more than chance? would it be a record?")
+    one.add_argument("a", metavar="A", help="a record, or runs, with commas between the seeds of one recipe")
+    one.add_argument("b", metavar="B", nargs="?", help="likewise [the record that A has to beat]")
     one.set_defaults(run=compare_command)
 
-    one = commands.add_parser("diff", help="what changed in the script from A to B")
+    one = commands.add_parser("diff", help="what changed from A to B, in the options and in the script")
     one.add_argument("a", metavar="A")
     one.add_argument("b", metavar="B")
     one.set_defaults(run=diff_command)

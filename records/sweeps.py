@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from compare import compare_scores
+from compare import paired_test
 from pictures import INK, figure, save_picture
 from reading import (
     HERE,
@@ -293,7 +293,7 @@ def ablation_row(group, control):
     if control:
         _, control_losses, _ = control["scores"]
         seed_sd = np.sqrt((losses.var(ddof=1) + control_losses.var(ddof=1)) / 2)
-        c = compare_scores(group["scores"], control["scores"], {"seed_sd": seed_sd})
+        c = paired_test(group["scores"], control["scores"], seed_sd, seed_sd)
         low, high = c["interval"]
         difference = [
             f"{c['mean']:+.4f} to {control['name']}",

@@ -611,7 +611,7 @@ def fake_record(folder, losses, track="pocket_unlimited"):
     runs = []
     for i, sums in enumerate(losses):
         np.save(folder / f"v{i}.npy", sums)
-        runs.append({"val_nll": f"v{i}.npy", "val_tokens": 1000 * len(sums) - 1})
+        runs.append({"track": track, "val_nll": f"v{i}.npy", "val_tokens": 1000 * len(sums) - 1})
     (folder / "record.json").write_text(json.dumps({"track": track, "runs": runs}))
     return folder
 
@@ -689,7 +689,7 @@ def test_compare_on_the_command_line(original, finished_run, second_seed, tmp_pa
 
 def test_diff_on_the_command_line(original, finished_run, tmp_path):
     _, folder = original
-    assert run_board("diff", folder, finished_run).stdout == ""
+    assert run_board("diff", folder, finished_run).stdout == "config: equal\n\nscript: equal\n"
     other = tmp_path / "other"
     shutil.copytree(finished_run, other)
     edit_source(other / "log.txt", lambda source: b"# new\n" + source)
