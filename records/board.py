@@ -15,8 +15,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from efficiency import compute_multiplier, data_efficiency, times
 from pictures import INK, draw_curve, draw_progress, figure, save_picture
-from reading import ROOT, Refused, all_records, mean_loss, read_json, read_tracks, record_folders
-from verify import verify_record
+from reading import (
+    ROOT,
+    Refused,
+    all_records,
+    mean_loss,
+    read_json,
+    read_order,
+    read_tracks,
+    record_folders,
+    write_json,
+)
+from verify import Faults, verify_better, verify_record
 
 BEGIN = "<!-- board: python records/leaderboard.py render -->"
 END = "<!-- end of board -->"
@@ -155,13 +165,16 @@ def table(columns, rows):
     return [*lines, ""]
 
 
-def track_section(track, title, rows, drawn):
+def track_section(track, title, rows, drawn, overtaken):
     """(lines, pictures) of a track that has records."""
     records = [row for row in rows if "name" in row]
     for row in rows:
         if "name" not in row:
             row["what"] += f" ({ELSEWHERE})"
     lines = [f"### {track}", "", f"{title}.", "", *table(RESULT, rows)]
+    if overtaken:
+        names = ", ".join(f"[{name}](records/{name}/README.md)" for name in overtaken)
+        lines += [f"Overtaken, for a better record was merged first: {names}.", ""]
     lines += ["Cost of each record:", "", *table(COST, records)]
     pictures = {}
     for kind, draw, words in (
@@ -201,7 +214,8 @@ def board_and_pictures(root):
                 "budget": tracks["datasets"][rules["dataset"]]["train_tokens"],
                 "points": baselines[rules["dataset"]]["points"],
             }
-            lines, new = track_section(track, rules["title"], rows, drawn)
+            overtaken = [name for name in read_order(root)["overtaken"] if name.startswith(f"{track}/")]
+            lines, new = track_section(track, rules["title"], rows, drawn, overtaken)
             sections += lines
             pictures |= new
         elif rows:
@@ -238,13 +252,41 @@ def top_of_board(root):
     return table(TOP, rows)[:-1]
 
 
+def settled_order(root):
+    """records/order.json with the records that are new on main, in the order in which they were submitted.
+
+    A new one that does not beat the standing record, for another was merged first, is overtaken: main repairs
+    itself. Refused where a record has any other fault."""
+    order = read_order(root)
+    tracks = read_tracks(root)
+    new = []
+    for folder in record_folders(root):
+        listed = folder.name in order["merged"].get(folder.parent.name, [])
+        name = f"{folder.parent.name}/{folder.name}"
+        is_new = not listed and name not in order["overtaken"]
+        for fault in verify_record(folder, root, better=not is_new):
+            raise Refused(f"the board holds only what verifies: {fault}")
+        if is_new:
+            new.append((read_json(folder / "record.json")["submitted"], folder))
+    for _, folder in sorted(new):
+        faults = Faults(folder, root)
+        verify_better(faults, folder, tracks, root)
+        if faults:
+            order["overtaken"].append(f"{folder.parent.name}/{folder.name}")
+        else:
+            order["merged"].setdefault(folder.parent.name, []).append(folder.name)
+    return order
+
+
 def stale(root):
     """What render would change: {path: function that writes or removes it}."""
-    for folder in record_folders(root):
-        for fault in verify_record(folder, root):
-            raise Refused(f"the board holds only what verifies: {fault}")
-    text, pictures = board_and_pictures(root)
     changes = {}
+    order = settled_order(root)
+    if order != read_order(root):
+        # The board shows the order, so it is written first, and the rest once it is there.
+        path = root / "records" / "order.json"
+        return {path: functools.partial(write_json, path, order)}
+    text, pictures = board_and_pictures(root)
 
     readme = root / "README.md"
     before = readme.read_text()
@@ -277,13 +319,14 @@ def draw_into(path, draw, data, theme, digest):
 
 def render_command(args):
     changes = stale(ROOT)
-    for path, write in changes.items():
-        name = os.path.relpath(path)
-        if args.check:
-            print(f"{name}: stale; run python records/leaderboard.py render")
-        else:
-            write()
-            print(f"{name}: written")
     if not changes:
         print("the board is up to date")
-    return bool(changes) and args.check
+        return False
+    while changes and not args.check:
+        for path, write in changes.items():
+            write()
+            print(f"{os.path.relpath(path)}: written")
+        changes = stale(ROOT)
+    for path in changes:
+        print(f"{os.path.relpath(path)}: stale; run python records/leaderboard.py render")
+    return bool(changes)

@@ -132,11 +132,33 @@ def record_folders(root):
     return sorted(p for p in (root / "records").glob("*/*") if p.is_dir() and re.match(NAME, p.name))
 
 
-def earlier_records(root, track, submitted):
-    """Records of a track that were submitted before a time, the oldest first: [(folder, record)]."""
+def read_order(root):
+    """{"merged": {track: [names of records in the order of merging]}, "overtaken": ["TRACK/NAME"]}.
+
+    leaderboard.py render keeps the file, on main. Overtaken is a record that was no longer better than the
+    standing one when it was merged, because another had been merged meanwhile. It stays, but it has no rank.
+    """
+    path = root / "records" / "order.json"
+    if not path.exists():
+        return {"merged": {}, "overtaken": []}
+    return read_json(path)
+
+
+def is_overtaken(root, folder):
+    return f"{folder.parent.name}/{folder.name}" in read_order(root)["overtaken"]
+
+
+def all_records(root, track):
+    """All readable records of a track that have a rank, in the order of merging: [(folder, record)].
+
+    Those that are not on main yet come last, by the time at which they were submitted.
+    """
+    order = read_order(root)
+    merged = order["merged"].get(track, [])
+    place = {name: i for i, name in enumerate(merged)}
     found = []
     for folder in record_folders(root):
-        if folder.parent.name != track:
+        if folder.parent.name != track or f"{track}/{folder.name}" in order["overtaken"]:
             continue
         try:
             record = read_json(folder / "record.json")
@@ -147,21 +169,21 @@ def earlier_records(root, track, submitted):
         except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
             # It has a fault of its own, which verify names when it comes to it.
             continue
-        if when < submitted:
-            found.append((when, folder, record))
-    found.sort(key=lambda entry: entry[:2])
-    return [(folder, record) for _, folder, record in found]
+        found.append((place.get(folder.name, len(merged)), when, folder, record))
+    found.sort(key=lambda entry: entry[:3])
+    return [(folder, record) for _, _, folder, record in found]
 
 
-def all_records(root, track):
-    """All readable records of a track, the oldest first."""
-    return earlier_records(root, track, "~")
-
-
-def standing_record(root, track, submitted="~"):
-    """(folder, record) of the best record that was submitted before a time, or None where there is none."""
-    before = earlier_records(root, track, submitted)
-    return min(before, key=lambda entry: mean_loss(entry[1]), default=None)
+def standing_record(root, track, before=None):
+    """(folder, record) of the best record of a track, or of those before a record; None where there is
+    none."""
+    best = None
+    for folder, record in all_records(root, track):
+        if folder == before:
+            break
+        if best is None or mean_loss(record) < mean_loss(best[1]):
+            best = (folder, record)
+    return best
 
 
 def expected_hashes(root, tracks, name):
@@ -291,16 +313,36 @@ class Done(NamedTuple):
 
 
 class Alone(NamedTuple):
-    """A member's own loss on the whole validation stream, known once the run is scored."""
+    """A member's own loss on the whole validation stream, known once the run is scored, and that of the
+    members so far together."""
 
     member: int
     loss: float
+    together: float | None = None
 
-    form = rf"member (?P<member>{INT}) alone: (?P<loss>{FLOAT}); .*"
+    form = (
+        rf"member (?P<member>{INT}) alone: (?P<loss>{FLOAT}); "
+        rf"(?:the members so far together: (?P<together>{FLOAT}) )?.*"
+    )
 
     @classmethod
     def read(cls, found):
-        return cls(int(found["member"]), float(found["loss"]))
+        together = None
+        if found["together"]:
+            together = float(found["together"])
+        return cls(int(found["member"]), float(found["loss"]), together)
+
+
+class Compiled(NamedTuple):
+    """The seconds of compilation that a part of the run left out of its clock."""
+
+    seconds: float
+
+    form = rf"compiled: .*; (?P<seconds>{FLOAT}) s, which the clock leaves out"
+
+    @classmethod
+    def read(cls, found):
+        return cls(float(found["seconds"]))
 
 
 class Chain(NamedTuple):
@@ -393,6 +435,7 @@ KINDS = {
     "done:": Done,
     "alone:": Alone,
     "chain": Chain,
+    "compiled:": Compiled,
     "hardware:": Hardware,
     "run": Size,
     "trained": Trained,

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +24,19 @@ from reading import (
     NAME,
     OPEN,
     ROOT,
+    Alone,
     Chain,
+    Compiled,
+    Done,
+    Eval,
     Hardware,
     Refused,
     Score,
+    Size,
     Step,
     Trained,
     expected_hashes,
+    is_overtaken,
     printable,
     read_json,
     read_log,
@@ -44,9 +51,36 @@ MAX_BYTES = 20_000_000
 
 SUFFIXES = {".md", ".txt", ".json", ".npy", ".png", ".svg"}
 
+# The text of a script is read by people.
+MAX_SOURCE_BYTES = 300_000
+
 # What stands on the board holds no markup.
 TEXT = r"[^|<>\[\]`]{3,120}"
-CONTRIBUTOR = r"[\w .@-]{1,40}"
+
+# A name of the board, or an address: no link, and nobody is called by an @ before a name. Brackets may stand
+# in it, but not as a link has them.
+CONTRIBUTOR = r"[\w(][\w .'’()\[\]+@-]{0,39}"
+LINK = r"(?i)www\.|(^|[^\w.+-])@|\]\("
+
+# A clock may be this much ahead of the referee's, which is at most a few minutes off.
+MINUTES_AHEAD = 10
+
+# No processor of today multiplies faster, in FLOPs per second: an H100's cores at half precision, and a CPU's
+# core with matrix instructions. These catch a clock that was made up.
+GPU_FLOPS = 2e15
+CPU_FLOPS = 3e12
+
+# Compilation is outside of the clock; this bounds what it could hide.
+MAX_COMPILE_SECONDS = 1800
+
+# Evaluations look at a part of validation, and the last one comes before the end of training. They must still
+# be in sight of the result, in nats: those of the committed records are up to 0.16 below it and 0.05 above.
+EVAL_BELOW = 0.3
+EVAL_ABOVE = 0.5
+
+# Two seeds differ by far more than this, in nats per token, root mean square over the blocks: two runs of one
+# recipe and seed on different numbers of threads already differ by 0.005.
+LEAST_DISTANCE = 0.001
 
 # The types in record.json: of itself, and of each of its runs as a training script writes them.
 RECORD = dict(track=str, date=str, submitted=str, description=str, contributors=list, runs=list)
@@ -104,11 +138,11 @@ def same(a, b, digits=None):
     return abs(a - b) <= 0.5001 * 10**-digits
 
 
-def verify_record(folder, root=ROOT, tested=True):
+def verify_record(folder, root=ROOT, tested=True, better=True):
     """Recompute all that a record claims from its files. Returns the faults.
 
     tested: its test stream has been scored. submit verifies a record once before that, in a folder of another
-    name.
+    name. better: it also beats the record that stood before it.
     """
     folder = Path(folder)
     faults = Faults(folder, root)
@@ -131,18 +165,12 @@ def verify_record(folder, root=ROOT, tested=True):
 
     dataset = tracks["tracks"][track]["dataset"]
     hashes = expected_hashes(root, tracks, dataset)
-    digests = set()
-    for run in record["runs"]:
-        sums = verify_run(faults, folder, run, tracks, hashes, tested)
-        if sums is not None:
-            digest = hashlib.sha256(sums.tobytes()).digest()
-            different = digest not in digests
-            faults.expect(
-                different, "record.json", "two runs have the same val_nll: they are not different seeds"
-            )
-            digests.add(digest)
-    if not faults:
-        verify_better(faults, folder, record, tracks, root)
+    sums = [verify_run(faults, folder, run, tracks, hashes, tested) for run in record["runs"]]
+    verify_distances(faults, [part for part in sums if part is not None])
+    verify_recipes(faults, folder, record["runs"])
+    verify_number_of_seeds(faults, record, tracks["tracks"][track])
+    if better and not faults and not is_overtaken(root, folder):
+        verify_better(faults, folder, tracks, root)
     return faults
 
 
@@ -225,18 +253,32 @@ def verify_words(faults, folder, record, tested):
         f"{wanted!r} by record.json's description",
     )
     names = record["contributors"]
-    known = names and all(isinstance(name, str) and re.fullmatch(CONTRIBUTOR, name) for name in names)
-    expect(known, "contributors: names of at most 40 letters")
+    known = names and all(isinstance(name, str) and is_name(name) for name in names)
+    expect(known, "contributors: names of at most 40 letters of one alphabet each, no links and no @mentions")
+
+
+def is_name(text):
+    """Is this a contributor's name, which nobody could mistake for another's?"""
+    # Full-width letters and the like have a plain form. Letters of two alphabets in one word look alike.
+    plain = unicodedata.normalize("NFKC", text) == text
+    one_alphabet = True
+    for word in re.findall(r"[^\W\d_]+", text):
+        alphabets = {unicodedata.name(letter, "?").split()[0] for letter in word}
+        one_alphabet = one_alphabet and not ("LATIN" in alphabets and len(alphabets) > 1)
+    ascii_digits = all(not digit.isdigit() or digit in "0123456789" for digit in text)
+    form = re.fullmatch(CONTRIBUTOR, text) and not re.search(LINK, text)
+    return bool(form and plain and one_alphabet and ascii_digits)
 
 
 def time_has_come(submitted, date):
-    """Is this a time on that date that is not in the future? A clock may be off by a day."""
+    """Is this a time on that date that is not in the future, up to MINUTES_AHEAD?"""
     try:
         when = datetime.datetime.strptime(submitted, "%Y-%m-%dT%H:%M:%SZ")
     except ValueError:
         return False
-    now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
-    return len(submitted) == 20 and submitted.startswith(date) and when < now + datetime.timedelta(days=1)
+    latest = datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=MINUTES_AHEAD)
+    well_formed = submitted.isascii() and len(submitted) == 20 and submitted.startswith(date)
+    return well_formed and when < latest.replace(tzinfo=None)
 
 
 def verify_runs_differ(faults, runs, tested):
@@ -261,10 +303,52 @@ def verify_runs_differ(faults, runs, tested):
     )
 
 
-def verify_better(faults, folder, record, tracks, root):
-    """A record beats the one that stood when it was submitted."""
+def verify_distances(faults, sums):
+    """Different seeds give different losses, block by block. sums: each run's val_nll, [blocks]."""
+    for i, a in enumerate(sums):
+        for b in sums[:i]:
+            if a.shape == b.shape:
+                distance = math.sqrt(np.square((a - b) / BLOCK).mean())
+                faults.expect(
+                    distance >= LEAST_DISTANCE,
+                    "record.json",
+                    f"two runs' val_nll differ by {distance:.2g} nats per token, block by block: "
+                    f"different seeds differ by more than {LEAST_DISTANCE}",
+                )
+
+
+def verify_recipes(faults, folder, runs):
+    """The runs of a record are seeds of one recipe: their configs differ in the seed alone."""
+    recipes = []
+    for run in runs:
+        try:
+            config = read_log(folder / run["log"]).config
+        except (OSError, ValueError):
+            # verify_log has said so.
+            return
+        recipes.append(config | {"seed": None, "data": None})
+    for run, recipe in zip(runs, recipes, strict=True):
+        other = sorted(name for name in recipe | recipes[0] if recipe.get(name) != recipes[0].get(name))
+        faults.expect(not other, run["log"], f"another recipe than {runs[0]['log']} has: {', '.join(other)}")
+
+
+def verify_number_of_seeds(faults, record, rules):
+    """Since a track asks for several seeds, its records bring them."""
+    wanted = rules.get("seeds", {"from": "~"})
+    if record["date"] >= wanted["from"]:
+        faults.expect(
+            len(record["runs"]) >= wanted["least"],
+            "record.json",
+            "number of runs",
+            len(record["runs"]),
+            f"{wanted['least']} seeds are asked for since {wanted['from']}",
+        )
+
+
+def verify_better(faults, folder, tracks, root):
+    """A record beats the one that stood when it was merged."""
     track = folder.parent.name
-    before = standing_record(root, track, record["submitted"])
+    before = standing_record(root, track, folder)
     if before is None:
         return
     standing, _ = before
@@ -312,6 +396,10 @@ def verify_run(faults, folder, run, tracks, hashes, tested):
         path = own_file(faults, folder, run["test_nll"])
         if path:
             verify_array(faults, path, run, "test", dataset)
+        gap = run["test_loss"] - run["val_loss"]
+        most = dataset.get("max_test_gap", math.inf)
+        holds = abs(gap) <= most
+        expect(holds, f"the test loss is {gap:+.3f} from the validation loss, {most} are the most")
     path = own_file(faults, folder, run["log"])
     if path:
         verify_log(faults, path, run, dataset, hashes)
@@ -381,6 +469,8 @@ def verify_log(faults, path, run, dataset, hashes):
         return
     if not expect(log.source is not None, "lacks the source of the script"):
         return
+    size = len(log.source)
+    expect(size <= MAX_SOURCE_BYTES, f"its source has {size:,} bytes, {MAX_SOURCE_BYTES:,} are the most")
     digest = hashlib.sha256(log.source).hexdigest()
     right = run["source_sha256"] == digest
     faults.expect(right, "record.json", "source_sha256", run["source_sha256"], f"{digest} in {path.name}")
@@ -401,6 +491,9 @@ def verify_log(faults, path, run, dataset, hashes):
     )
     verify_steps(expect, log, run)
     verify_totals(expect, log, run)
+    verify_config(expect, log, run)
+    verify_cost(expect, log, run, dataset)
+    verify_evaluations(expect, log, run)
 
 
 def tells_hardware(log, run):
@@ -503,3 +596,107 @@ def verify_totals(expect, log, run):
         for what, value in found[0]._asdict().items():
             right = same(value, run[what], 6)
             expect(right, what, value, f"{run[what]} in record.json")
+
+
+def verify_config(expect, log, run):
+    """Members and epochs by the config are those of the steps, where the script has such options."""
+    config = {name: value for name, value in log.config.items() if type(value) in (int, float, str)}
+    student = bool(config.get("student"))
+    members = config.get("members", run["members"] - student)
+    if type(members) is int:
+        # In older scripts "cycles", where it is not 0, counts the models of a chain.
+        models = members * (config.get("cycles") or 1) + student
+        # A run may grow when it is resumed; the config at the head of its log is that of its start.
+        grown = any(line.startswith("resumed at step") for line in log.lines)
+        right = models == run["members"] or (grown and models < run["members"])
+        expect(right, "models by the config", models, f"{run['members']} in record.json")
+    epochs = config.get("epochs")
+    known = type(epochs) in (int, float) and run["members"] and not student
+    if not known:
+        # A student may have a number of epochs of its own.
+        return
+    found = run["tokens_seen"] / run["train_tokens"] / run["members"]
+    batch = config.get("batch_tokens", 0) / run["train_tokens"]
+    # A step on bags counts as one step, and sees as many times the tokens.
+    most = epochs
+    if config.get("bag_until"):
+        most = epochs * config.get("bag_size", 1)
+    expect(
+        epochs - 2 * batch - 0.02 * epochs <= found <= 1.02 * most + batch,
+        "epochs by the config",
+        epochs,
+        f"{found:.3f} by the tokens seen",
+    )
+
+
+def verify_cost(expect, log, run, dataset):
+    """FLOPs, parameters and times are possible, and are those that the log tells."""
+    claimed = run["train_flops"]
+    for trained in log.of(Trained):
+        told = trained.flops
+        right = told is None or abs(told - claimed) <= 1e-3 * claimed
+        expect(right, "training FLOPs", f"{told}", f"{claimed:.4g} in record.json")
+    least = least_flops(log.config, dataset["vocab_size"], run["tokens_seen"])
+    expect(
+        claimed >= least,
+        f"training FLOPs are claimed {claimed:.4g}, but a model of these sizes takes {least:.3g} or more",
+    )
+    speed = GPU_FLOPS * run["ranks"]
+    if "cores" in run["hardware"]:
+        speed = CPU_FLOPS * run["ranks"] * run["threads"]
+    seconds = run["train_seconds"]
+    expect(
+        seconds > 0 and claimed <= speed * seconds,
+        f"{claimed:.4g} FLOPs in {seconds:.1f} s: no machine of {run['hardware']} is as fast",
+    )
+    compiled = run["compile_seconds"]
+    expect(
+        compiled <= MAX_COMPILE_SECONDS,
+        f"{compiled:.0f} s of compilation, {MAX_COMPILE_SECONDS} are the most",
+    )
+    told = sum(entry.seconds for entry in log.of(Compiled))
+    if not log.of(Chain):
+        # Each part of a run tells its own; those of parts that were killed before a checkpoint are not
+        # claimed.
+        expect(compiled <= told + 0.1, "compile seconds", f"{told:.1f}", f"{compiled:.1f} in record.json")
+    for size in log.of(Size)[:1]:
+        # The first model; members have its size, a student may be smaller or larger.
+        one = size.parameters
+        right = run["parameters"] >= one or bool(log.config.get("student"))
+        expect(right, "parameters of the first model", f"{one:,}", f"{run['parameters']:,} in record.json")
+
+
+def least_flops(config, vocab_size, tokens_seen):
+    """A third of what training a plain transformer of these sizes takes (6 per weight and position); 0 where
+    the config does not tell them. Shared or sparse weights may take less than the plain way, but not so much
+    less."""
+    try:
+        width = config["n_embd"]
+        layer = 4 * width * width + 3 * width * config["mlp_hidden"]
+        weights = config["n_layer"] * layer + vocab_size * width
+        positions = tokens_seen / config.get("bag_size", 1)
+        return float(6 * weights * positions / 3)
+    except (KeyError, TypeError, OverflowError, ZeroDivisionError):
+        return 0.0
+
+
+def verify_evaluations(expect, log, run):
+    """What the log tells of validation before the result is in sight of it."""
+    result = run["val_loss"]
+    last = {}
+    for entry in log.of(Eval):
+        last[entry.member] = ("last evaluation", entry.loss)
+    for entry in log.of(Done):
+        last["together"] = ("last evaluation of the members together", entry.together)
+    for what, loss in last.values():
+        expect(
+            result - EVAL_BELOW <= loss <= result + EVAL_ABOVE,
+            f"its {what}",
+            f"{loss:.4f}",
+            f"{result:.4f} at the end, farther away than evaluations are",
+        )
+    # Members alone, on the whole stream: the last line is about all of them.
+    together = [entry.together for entry in log.of(Alone)]
+    if together and len(together) == run["members"] and together[-1] is not None:
+        right = same(together[-1], result, 6)
+        expect(right, "loss of all members together", together[-1], f"{result:.6f} in record.json")

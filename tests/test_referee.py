@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,8 @@ def make_root(folder, tiny_data):
         "test_tokens": meta["tokens"]["test"],
         "val_bytes": meta["text_bytes"]["val"],
         "sha256": meta["sha256"],
+        # So little text is uneven.
+        "max_test_gap": 1.0,
     }
     # The clock of a run inside the tests' own process counts from the start of that process.
     tracks["tracks"]["pocket"]["max_seconds"] = 10**9
@@ -282,6 +285,42 @@ def same_nll(root, folder):
     shutil.copy(folder / "val_nll.npy", folder / "val_nll_2.npy")
 
 
+def noisy_copy(root, folder):
+    noise = np.random.default_rng(0).normal(0, 1e-4, 4)
+    np.save(folder / "val_nll_2.npy", np.load(folder / "val_nll.npy") + noise)
+
+
+def other_recipe(root, folder):
+    replace(folder / "log_2.txt", b'"weight_decay": ', b'"weight_decay": 1')
+
+
+def too_few_seeds(root, folder):
+    def change(tracks):
+        tracks["tracks"]["pocket"]["seeds"] = {"least": 3, "from": "2026-01-01"}
+
+    edit(root / "records" / "tracks.json", change)
+
+
+def no_flops(root, folder):
+    """Of the record and of the log alike."""
+    told = reading.read_log(folder / "log.txt").of(reading.Trained)[0].flops
+    replace(folder / "log.txt", f", {told:.4g} FLOPs".encode(), b", 1 FLOPs")
+    edit_run(train_flops=1.0)(root, folder)
+
+
+def far_from_validation(root, folder):
+    edit_array(lambda a: a / 2, "test_nll.npy")(root, folder)
+    edit_run(test_loss=read_record(folder)["runs"][0]["test_loss"] / 2)(root, folder)
+
+
+def long_source(root, folder):
+    edit_source(folder / "log.txt", lambda source: source + b"#" * 300_000)
+
+
+def lower_evaluations(lines):
+    return [re.sub(rb"^(eval .* val_loss) \d", rb"\1 1", line) for line in lines]
+
+
 def not_json(root, folder):
     (folder / "record.json").write_text('{"track": "pocket", "runs": [')
 
@@ -325,7 +364,22 @@ def no_note(root, folder):
         (over_time, ["record.json: train_seconds is claimed"]),
         (pickled, ["weights.pt: not a plain file of"]),
         (same_weights, ["weights_sha256 must differ"]),
-        (same_nll, ["two runs have the same val_nll"]),
+        (same_nll, ["two runs' val_nll differ by 0 nats per token"]),
+        (noisy_copy, ["two runs' val_nll differ by"]),
+        (other_recipe, ["log_2.txt: another recipe than log.txt has: weight_decay"]),
+        (too_few_seeds, ["number of runs is claimed 2, found 3 seeds are asked for"]),
+        (edit_run(train_flops=1.0), ["log.txt: training FLOPs is claimed"]),
+        (no_flops, ["training FLOPs are claimed 1, but a model of these sizes takes"]),
+        (edit_run(parameters=1), ["parameters of the first model is claimed 46,023, found 1"]),
+        (edit_run(train_seconds=1e-4), ["no machine of", "is as fast"]),
+        (edit_run(compile_seconds=3600.0), ["3600 s of compilation, 1800 are the most"]),
+        (edit_run(compile_seconds=60.0), ["compile seconds is claimed 0.0, found 60.0"]),
+        (replace_in_log(b'"epochs": 1.0', b'"epochs": 9.0'), ["epochs by the config is claimed 9.0"]),
+        (replace_in_log(b'"members": 1', b'"members": 4'), ["models by the config is claimed 4, found 1"]),
+        (replace_in_log(b'"members": 1', b'"members": "x"'), ["another recipe than log.txt has: members"]),
+        (edit_log(lower_evaluations), ["its last evaluation is claimed 1."]),
+        (far_from_validation, ["the test loss is -", "from the validation loss, 1.0 are the most"]),
+        (long_source, ["its source has ", "bytes, 300,000 are the most"]),
         (edit_run(seed=1), ["seed must differ"]),
         (edit_run(trial=True), ["a trial"]),
         (edit_run(threads=64), ["cores is claimed 64"]),
@@ -403,7 +457,7 @@ def test_further_terms_of_a_loss_and_bags(copy):
 
 @pytest.fixture
 def ensemble(copy):
-    """(root, record folder) of a record whose first run has two members, with the original's steps each."""
+    """(root, record folder) of a record of one run with two members, each with the original's steps."""
     root, folder = copy
     run = read_record(folder)["runs"][0]
 
@@ -423,6 +477,8 @@ def ensemble(copy):
     edit_lines(folder / "log.txt", two_members)
     seen = run["tokens_seen"]
     replace(folder / "log.txt", f"{seen:,} tokens seen".encode(), f"{2 * seen:,} tokens seen".encode())
+    replace(folder / "log.txt", b'"members": 1', b'"members": 2')
+    edit(folder / "record.json", lambda record: record["runs"].pop())
     edit_run(members=2, steps=2 * run["steps"], tokens_seen=2 * seen)(root, folder)
     return root, folder
 
@@ -529,11 +585,70 @@ def test_submit_wants_a_better_record(tiny_data, finished_run, second_seed, tmp_
     assert [path.name for path in (root / "records" / "pocket").iterdir()] == ["2026-01-02_a"]
 
 
-def test_a_time_that_has_not_come(copy):
+@pytest.mark.parametrize("minutes, holds", [(2, True), (60, False), (10**6, False)])
+def test_a_time_that_has_not_come(copy, minutes, holds):
+    """A clock may be minutes ahead, not an hour."""
     root, folder = copy
-    later = folder.rename(folder.with_name("2999-01-01_tiny"))
-    edit_record(date="2999-01-01", submitted="2999-01-01T00:00:00Z")(root, later)
-    assert "submitted is '2999" in faults_of(root, later)
+    when = datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=minutes)
+    later = folder.rename(folder.with_name(f"{when:%Y-%m-%d}_tiny"))
+    submitted = when.strftime("%Y-%m-%dT%H:%M:%SZ")
+    edit_record(date=submitted[:10], submitted=submitted)(root, later)
+    assert (f"submitted is '{submitted}" in faults_of(root, later)) == (not holds)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "A. Author",
+        "Pat O'Neil",
+        "Anne (Annie) B",
+        "J. [J.] Doe",
+        "a+b@example.org",
+        "Анна Ли",
+        "李雷",
+        "José",
+    ],
+)
+def test_names_that_are_fine(name):
+    assert verify.is_name(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "x" * 41,
+        "@somebody",
+        "see @somebody",
+        "www.example.org",
+        "http://x",
+        "[x](x)",
+        "Аlice",  # begins with a Cyrillic A
+        "Ａlice",  # full width
+        "Agent ٧",  # a digit of another script
+        "a\u202eb",  # turns the direction of writing
+        "a|b",
+    ],
+)
+def test_names_that_are_not(name):
+    assert not verify.is_name(name)
+
+
+def test_records_that_were_merged_in_the_same_hours(copy):
+    """The one that was merged first stands. What no longer beats it is overtaken, and main is green."""
+    root, folder = copy
+    render(root)
+    second = folder.with_name("2026-01-02_second")
+    shutil.copytree(folder, second)
+    # Submitted before the first, but merged after it, with the same losses.
+    edit_record(submitted="2026-01-02T00:00:00Z")(root, second)
+    [fault] = verify.verify_record(second, root)
+    assert "does not beat 2026-01-02_tiny" in fault
+    assert "records/order.json" in render(root) and render(root) == []
+    assert verify.verify_record(second, root) == []
+    assert [name.name for name, _ in reading.all_records(root, "pocket")] == ["2026-01-02_tiny"]
+    page = (root / "README.md").read_text()
+    assert "merged first: [pocket/2026-01-02_second]" in page and "| 2 |" not in page
 
 
 @pytest.mark.parametrize(
@@ -749,10 +864,12 @@ def test_a_clock_that_will_run_out(copy, finished_run):
 
 def render(root):
     """Write what is stale. Returns the names of these files."""
-    changes = board.stale(root)
-    for write in changes.values():
-        write()
-    return sorted(os.path.relpath(path, root) for path in changes)
+    written = set()
+    while changes := board.stale(root):
+        for write in changes.values():
+            write()
+        written |= {os.path.relpath(path, root) for path in changes}
+    return sorted(written)
 
 
 def rows_with(page, words):
@@ -766,7 +883,7 @@ def test_render_is_stable_and_notices_what_is_stale(copy):
         for kind in ("curve", "progress")
         for theme in ("dark", "light")
     ]
-    assert render(root) == ["README.md", *pictures]
+    assert render(root) == ["README.md", "records/order.json", *pictures]
     readme = (root / "README.md").read_text()
     assert readme.startswith("# Board") and readme.endswith("after\n")
     assert render(root) == []
