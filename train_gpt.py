@@ -1803,7 +1803,7 @@ def train(run, state):
     progress["compile_seconds"] += compile_seconds
     # So that run.seconds() goes on from progress["seconds"], without the compilation.
     run.clock_start = START + compile_seconds - progress["seconds"]
-    ask_referee(run)
+    ask_referee(run, "--flops", f"{sum(model.train_flops for model in run.plan)}")
     total = np.inf
     for model in run.plan:
         is_new = model.number >= progress["model"]

@@ -26,6 +26,7 @@ from reading import (
     record_folders,
     write_json,
 )
+from rerun import reproduction
 from verify import Faults, verify_better, verify_record
 
 BEGIN = "<!-- board: python records/leaderboard.py render -->"
@@ -51,6 +52,7 @@ COST = {
     "seen": "tokens seen",
     "time": "training",
     "hardware": "hardware",
+    "rerun": "reproduced",
 }
 PUBLISHED = {
     "track": "track",
@@ -117,6 +119,7 @@ def record_row(root, folder, record, curve, budget):
         "seen": short(mean("tokens_seen")),
         "time": duration(mean("train_seconds")),
         "hardware": runs[0]["hardware"],
+        "rerun": reproduction(folder),
         "what": record["description"],
         "date": record["date"],
         "by": ", ".join(record["contributors"]),

@@ -185,8 +185,9 @@ def compare(a, b=None, root=ROOT):
             f"{a}: its track {track!r} is not in records/tracks.json; choose a run of a track there"
         )
     dataset = tracks["datasets"][tracks["tracks"][track]["dataset"]]
-    record = read_json(Path(str(a).split(",")[0]) / "record.json")
-    standing = standing_record(root, track, record.get("submitted", "~"))
+    folder = Path(str(a).split(",")[0])
+    record = read_json(folder / "record.json")
+    standing = standing_record(root, track, folder)
     if b is None and standing is not None:
         b = os.path.relpath(standing[0])
     against_standing = b is not None and standing is not None and same_folder(b, standing[0])

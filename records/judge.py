@@ -1,7 +1,7 @@
 """
 What a track's rules make of a run, finished or not. train_gpt.py asks while it trains and shows the answer:
 
-    python records/leaderboard.py judge runs/NAME [--seconds S]
+    python records/leaderboard.py judge runs/NAME [--seconds S] [--flops F]
 
 It reads the run's folder alone and promises nothing: `verify` decides, once there is a record.
 """
@@ -27,21 +27,23 @@ from reading import (
 WORDS = {  # of a limit that a run is over
     "train_tokens": "--train_tokens {:,} of {:,} that are allowed",
     "train_seconds": "training took {:,.0f} s, the track allows {:,}",
+    "train_flops": "training takes {:.3g} FLOPs, the track allows {:.3g}",
     "ranks": "{} ranks, {} are allowed",
     "cores": "{} cores, {} are allowed",
 }
 
 
-def judge(run, seconds=None, root=ROOT):
+def judge(run, seconds=None, flops=None, root=ROOT):
     """Lines for whoever trains the run in folder `run`. seconds: when its training will end, by its own
-    estimate; then only a clock that will run out is worth a line."""
+    estimate; then only a clock that will run out is worth a line. flops: of its whole training, by its own
+    count."""
     try:
         started = read_json(run / "config.json")
         record = read_json(run / "record.json") if (run / "record.json").exists() else None
         tracks = read_tracks(root)
         track = started["config"]["track"]
         rules = tracks["tracks"][track]
-        claims = claims_so_far(run, started, record, seconds)
+        claims = claims_so_far(run, started, record, seconds, flops)
         if seconds is not None:
             over = over_the_limits(claims, rules, tracks["datasets"][rules["dataset"]])
             soon = "at this speed training will take {:,.0f} s, the track allows {:,}; lower --epochs"
@@ -76,22 +78,24 @@ def faults_of(claims, tracks, hashes):
 
 def over_the_limits(claims, rules, dataset):
     """(what, its value, the track's limit) of everything in which a run is over one. claims: train_tokens,
-    train_seconds, ranks and threads, as in record.json."""
+    train_seconds, train_flops, ranks and threads, as in record.json."""
     values = {
         "train_tokens": (claims["train_tokens"], dataset["train_tokens"]),
         "train_seconds": (claims["train_seconds"], rules.get("max_seconds")),
+        "train_flops": (claims["train_flops"], rules.get("max_flops")),
         "ranks": (claims["ranks"], rules.get("max_ranks")),
         "cores": (claims["ranks"] * claims["threads"], rules.get("max_cores")),
     }
     return [(what, value, limit) for what, (value, limit) in values.items() if limit and value > limit]
 
 
-def claims_so_far(run, started, record, seconds):
+def claims_so_far(run, started, record, seconds, flops):
     """What faults_of() asks for, of a run that may have no record.json yet."""
     machines = read_log(run / "log.txt").of(Hardware)
     claims = {
         "train_tokens": started["config"]["train_tokens"],
         "train_seconds": 0.0,
+        "train_flops": flops or 0.0,
         "ranks": max((machine.ranks for machine in machines), default=1),
         "threads": max((machine.threads for machine in machines), default=1),
     }
@@ -120,6 +124,10 @@ def finished(record, rules, standing):
     cap = rules.get("max_seconds")
     if cap and seconds <= cap:
         lines.append(f"training took {seconds:,.1f} s of the {cap:,} s that {record['track']} allows")
+    flops = record["train_flops"]
+    cap = rules.get("max_flops")
+    if cap and flops <= cap:
+        lines.append(f"training took {flops:.3g} FLOPs of the {cap:.3g} that {record['track']} allows")
     if standing:
         folder, best = standing
         difference = record["val_loss"] - mean_loss(best)
@@ -135,7 +143,7 @@ def next_steps(run, standing, faults):
     name = os.path.relpath(run)
     lines = ["next:"]
     if standing:
-        lines.append(f"  python records/leaderboard.py compare {name} {os.path.relpath(standing[0])}")
+        lines.append(f"  python records/leaderboard.py compare {name}")
     lines.append(f"  python records/audit.py {name}")
     lines.append(f"  python train_gpt.py --sample {name} --prompt 'def '")
     if not faults:

@@ -1,12 +1,13 @@
 """
 The referee's desk: makes records out of runs, recomputes what they claim, compares them, and draws the board.
 
-    python records/leaderboard.py submit runs/NAME [runs/NAME2 ...] --slug loops --note note.md
-    python records/leaderboard.py verify [RECORD ...] [--smoke]   exit status 0: all hold; 1: a line per fault
+    python records/leaderboard.py submit runs/NAME [runs/NAME2 ...] --slug loops --note note.md python
+    records/leaderboard.py verify [RECORD ...] [--smoke]   exit status 0: all hold; 1: a line per fault python
+    records/leaderboard.py rerun RECORD       train its script again, and score it: RUNS THE SUBMITTED CODE
     python records/leaderboard.py compare A [B]      is A better than B [the standing record], and a record?
-    python records/leaderboard.py diff A B           what changed in the options and in the script
-    python records/leaderboard.py judge runs/NAME    what the track's rules make of a run, finished or not
-    python records/leaderboard.py render [--check]   the tables of README.md and the pictures
+    python records/leaderboard.py diff A B           what changed in the options and in the script python
+    records/leaderboard.py judge runs/NAME    what the track's rules make of a run, finished or not python
+    records/leaderboard.py render [--check]   the tables of README.md and the pictures
 
 A record is records/TRACK/DATE_SLUG/ with README.md (the note), record.json (what is claimed, and the names of
 the other files), and for each seed the log, val_nll.npy and test_nll.npy. Nothing in records/ imports
@@ -14,9 +15,8 @@ train_gpt.py or trusts it: a claim counts if it follows from the files, and the 
 rules of tracks.json. records/README.md has the rules and their reasons.
 
 This file is the command line. The subjects have files of their own: reading.py (all files, logs above all),
-verify.py, smoke.py, audit.py, compare.py (statistics), diff.py, judge.py, submit.py, board.py, efficiency.py
-and pictures.py.
-"""
+verify.py, smoke.py, rerun.py, walls.py, audit.py, compare.py (statistics), diff.py, judge.py, submit.py,
+board.py, efficiency.py and pictures.py."""
 
 import argparse
 import os
@@ -29,6 +29,7 @@ from compare import compare_command
 from diff import diff_command
 from judge import judge
 from reading import ROOT, Refused, record_folders
+from rerun import rerun
 from smoke import smoke
 from submit import submit_command
 from verify import verify_record
@@ -52,8 +53,17 @@ def verify_command(args):
     return found
 
 
+def rerun_command(args):
+    folder = args.record.resolve()
+    if not (folder / "record.json").exists() or folder.parent.parent != ROOT / "records":
+        raise Refused(f"{folder}: no record; name a folder like records/pocket/2026-11-22_name")
+    faults = verify_record(folder) or rerun(folder, args.seconds)
+    print("\n".join(faults) or "reproduced")
+    return bool(faults)
+
+
 def judge_command(args):
-    for line in judge(args.folder, args.seconds):
+    for line in judge(args.folder, args.seconds, args.flops):
         print(line)
 
 
@@ -84,6 +94,15 @@ def parse_args(argv):
     )
     one.set_defaults(run=verify_command)
 
+    one = commands.add_parser(
+        "rerun", help="train a record's script again and score it, on a CPU track: RUNS THE SUBMITTED CODE"
+    )
+    one.add_argument("record", type=Path, metavar="RECORD")
+    one.add_argument(
+        "--seconds", type=int, default=6 * 3600, metavar="S", help="time limit of each step [6 hours]"
+    )
+    one.set_defaults(run=rerun_command)
+
     one = commands.add_parser("compare", help="is A better than B by more than chance? would it be a record?")
     one.add_argument("a", metavar="A", help="a record, or runs, with commas between the seeds of one recipe")
     one.add_argument("b", metavar="B", nargs="?", help="likewise [the record that A has to beat]")
@@ -103,6 +122,7 @@ def parse_args(argv):
     one = commands.add_parser("judge", help="what the track's rules make of a run, finished or not")
     one.add_argument("folder", type=Path, metavar="RUN")
     one.add_argument("--seconds", type=float, metavar="S", help="when training will end, by its own estimate")
+    one.add_argument("--flops", type=float, metavar="F", help="of its whole training, by its own count")
     one.set_defaults(run=judge_command)
     return parser.parse_args(argv)
 

@@ -175,11 +175,11 @@ def all_records(root, track):
 
 
 def standing_record(root, track, before=None):
-    """(folder, record) of the best record of a track, or of those before a record; None where there is
-    none."""
+    """(folder, record) of the best record of a track, or of those before the record in the folder `before`;
+    None where there is none."""
     best = None
     for folder, record in all_records(root, track):
-        if folder == before:
+        if before is not None and folder.resolve() == before.resolve():
             break
         if best is None or mean_loss(record) < mean_loss(best[1]):
             best = (folder, record)

@@ -139,7 +139,7 @@ def test_the_referee_makes_a_record_of_it(finished_run, tiny_data, tmp_path):
     shutil.copytree(tiny_data, root / "data" / "pocket")
     tracks, meta = reading.read_tracks(), json.loads((tiny_data / "meta.json").read_text())
     dataset = tracks["datasets"]["pocket"]
-    dataset |= {"train_tokens": TINY["train_tokens"], "sha256": meta["sha256"]}
+    dataset |= {"train_tokens": TINY["train_tokens"], "sha256": meta["sha256"], "max_test_gap": 1.0}
     dataset |= {f"{split}_tokens": meta["tokens"][split] for split in ("val", "test")}
     dataset |= {f"{split}_bytes": meta["text_bytes"][split] for split in ("val", "test")}
     (root / "records" / "tracks.json").write_text(json.dumps(tracks))

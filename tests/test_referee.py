@@ -87,8 +87,9 @@ def make_root(folder, tiny_data):
         # So little text is uneven.
         "max_test_gap": 1.0,
     }
-    # The clock of a run inside the tests' own process counts from the start of that process.
-    tracks["tracks"]["pocket"]["max_seconds"] = 10**9
+    # Some tests are about a track with a clock. That of a run inside the tests' own process counts from the
+    # start of that process.
+    tracks["tracks"]["pocket"] |= {"max_seconds": 10**9, "max_cores": 4}
     (folder / "records" / "tracks.json").write_text(json.dumps(tracks))
     (folder / "note.md").write_text(NOTE)
     (folder / "README.md").write_text(f"# Board\n\n{board.BEGIN}\n{board.END}\n\nafter\n")
@@ -824,9 +825,22 @@ def test_a_run_that_may_become_a_record(copy, finished_run):
     change_rules(root, max_seconds=10**9)
     lines = judge.judge(finished_run, root=root)
     assert not any("cannot become a record" in line for line in lines), lines
-    assert lines[0].startswith("training took ") and "the standing record" in lines[1]
-    assert " compare " in lines[3] and " audit.py " in lines[4].replace("/", " ") and " submit " in lines[-1]
+    seconds, flops, standing, _, compared, audited, *_, submitted = lines
+    assert " s of the 1,000,000,000 s that pocket allows" in seconds
+    assert " FLOPs of the 1e+14 that pocket allows" in flops and "the standing record" in standing
+    assert " compare " in compared and "audit.py " in audited and " submit " in submitted
     assert judge.judge(finished_run, seconds=10**9, root=root) == []
+
+
+def test_a_run_that_will_be_over_the_budget(copy, finished_run, tmp_path):
+    """It is said at the start, when there is no record.json yet."""
+    root, _ = copy
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    (run / "record.json").unlink()
+    for flops, faults in ((9e13, 0), (2e14, 1)):
+        lines = judge.judge(run, flops=flops, root=root)
+        assert sum("training takes 2e+14 FLOPs, the track allows 1e+14" in line for line in lines) == faults
 
 
 @pytest.mark.parametrize(
@@ -834,6 +848,7 @@ def test_a_run_that_may_become_a_record(copy, finished_run):
     [
         ({"max_seconds": 0.01}, {}, "s, the track allows 0.01"),
         ({"max_cores": 0.5}, {}, "1 cores, 0.5 are allowed"),
+        ({"max_flops": 1e9}, {}, "FLOPs, the track allows 1e+09"),
         ({}, {"trial": True}, "it is a trial"),
         ({}, {"config": {"track": "pocket", "train_tokens": 20_001}}, "--train_tokens 20,001 of 20,000"),
         ({}, {"data": {"sha256": {"val.bin": "0" * 64}}}, "val.bin is not the track's"),
@@ -947,10 +962,9 @@ def test_data_efficiency_is_read_off_the_curve_and_never_beyond_it():
 # ---- this repository
 
 
-def test_the_records_of_this_repository_hold_and_the_board_is_fresh():
-    for argv in (["verify"], ["render", "--check"]):
-        done = run_board(*argv)
-        assert done.returncode == 0, done.stdout + done.stderr
+def test_the_records_of_this_repository_hold():
+    done = run_board("verify")
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

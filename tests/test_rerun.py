@@ -1,0 +1,152 @@
+"""A stranger's program inside walls, and the rerun of a record."""
+
+import json
+import shutil
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "records"))
+import audit
+import reading
+import rerun
+import walls
+
+pytestmark = pytest.mark.contract
+
+needs_walls = pytest.mark.skipif(bool(walls.missing()), reason=f"this system lacks walls: {walls.missing()}")
+
+
+def run_inside(folder, code, hidden=()):
+    command = walls.walled([sys.executable, "-c", code], folder, hidden)
+    return audit.run_limited(command, 60)
+
+
+@needs_walls
+def test_a_program_reaches_nothing_outside(tmp_path):
+    """Each line is one that a cheat would try; what it may do, it can."""
+    inside = tmp_path / "inside"
+    secret = tmp_path / "secret"
+    inside.mkdir()
+    secret.mkdir()
+    (secret / "val.bin").write_text("secret")
+    code = f"""
+import os, pathlib, socket
+done = []
+def attempt(what, action):
+    try:
+        action()
+        done.append(what)
+    except OSError:
+        pass
+attempt("wrote beside", lambda: pathlib.Path({str(tmp_path / "left")!r}).write_text("x"))
+attempt("wrote secret", lambda: pathlib.Path({str(secret / "left")!r}).write_text("x"))
+attempt("read", lambda: pathlib.Path({str(secret / "val.bin")!r}).read_text())
+attempt("connected", lambda: socket.create_connection(("192.0.2.1", 80), timeout=1))
+attempt("wrote inside", lambda: pathlib.Path("own.txt").write_text("x"))
+print(done)
+"""
+    status, last = run_inside(inside, code, [secret])
+    assert (status, last) == (0, "['wrote inside']")
+    assert (inside / "own.txt").exists() and not (tmp_path / "left").exists()
+
+
+@needs_walls
+def test_no_process_is_left_behind(tmp_path):
+    """Not even one that has left its process group and its parent."""
+    code = """
+import os, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        for i in range(600):
+            open("alive", "w").write(str(i))
+            time.sleep(0.05)
+    os._exit(0)
+time.sleep(0.5)
+print("done")
+"""
+    status, last = run_inside(tmp_path, code)
+    assert (status, last) == (0, "done")
+    before = (tmp_path / "alive").read_text()
+    time.sleep(0.5)
+    assert (tmp_path / "alive").read_text() == before
+
+
+@pytest.fixture
+def shop(tiny_data, finished_run, tmp_path):
+    """The Workshop of a record of the tests' tiny run."""
+    root = tmp_path / "root"
+    (root / "records").mkdir(parents=True)
+    shutil.copytree(tiny_data, root / "data" / "pocket")
+    meta = json.loads((tiny_data / "meta.json").read_text())
+    tracks = reading.read_tracks()
+    tracks["datasets"]["pocket"] |= {
+        "train_tokens": 20_000,
+        "val_tokens": 3000,
+        "sha256": meta["sha256"],
+    }
+    (root / "records" / "tracks.json").write_text(json.dumps(tracks))
+    run = json.loads((finished_run / "record.json").read_text()) | {"log": "log.txt"}
+    (tmp_path / "work").mkdir()
+    return rerun.Workshop(tmp_path / "work", {"runs": [run], "folder": finished_run}, root, 300)
+
+
+def test_the_data_of_a_rerun_is_the_budget_and_a_decoy(shop):
+    folder = shop.write_data("data")
+    meta = json.loads((folder / "meta.json").read_text())
+    train = reading.read_shard(shop.data / "train.bin")
+    val = reading.read_shard(shop.data / "val.bin")
+    given = reading.read_shard(folder / "train.bin", meta["sha256"]["train.bin"])
+    decoy = reading.read_shard(folder / "val.bin", meta["sha256"]["val.bin"])
+    assert np.array_equal(given, train[:20_000])
+    assert len(decoy) == 3000 and decoy[0] == shop.dataset["bos_id"]
+    beyond = train[20_000:]
+    assert any(np.array_equal(decoy, beyond[i : i + 3000]) for i in range(len(beyond) - 2999))
+    assert not np.array_equal(decoy, val[:3000])
+
+
+def test_flops_are_counted(shop, monkeypatch):
+    """The optimizer's products dominate so small a training. Scoring is the model's formula, and masked
+    attention."""
+    monkeypatch.setattr(rerun, "FEW_STEPS", 2)
+    monkeypatch.setattr(rerun, "MORE_STEPS", 4)
+    monkeypatch.setattr(rerun, "SHORT_STREAM", 1)
+    monkeypatch.setattr(rerun, "LONG_STREAM", 3)
+    steps = len(shop.log.of(reading.Step))
+    counted, per_token, forward = rerun.count_flops(shop, steps)
+    claimed = shop.log.of(reading.Trained)[0].flops
+    assert claimed < counted < 10 * claimed
+    assert forward == pytest.approx(counted / steps / shop.log.config["batch_tokens"] / 3)
+    by_formula = json.loads((shop.record_folder / "record.json").read_text())["score_flops_per_token"]
+    assert by_formula < per_token < 1.5 * by_formula
+
+
+HONEST = {
+    "val_loss": 0.7,
+    "claimed": 0.701,
+    "limit": 0.0127,
+    "train_flops": 1.3e14,
+    "claimed_train_flops": 1e14,
+    "score_flops_per_token": 3e7,
+    "forward_flops_per_token": 1e7,
+}
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({}, None),
+        ({"val_loss": 0.75}, "+0.0490 from the claimed one"),
+        ({"claimed_train_flops": 5e13}, "1.3e+14 FLOPs as counted, 5e+13 are claimed"),
+        ({"score_flops_per_token": 1e9}, "scoring a token takes 100.0 forward passes, 20 are allowed"),
+    ],
+)
+def test_what_a_rerun_says(changes, words):
+    faults = rerun.judge_rerun(HONEST | changes, {"max_score_passes": 20})
+    assert len(faults) == (words is not None)
+    assert all(words in fault for fault in faults)
