@@ -226,6 +226,7 @@ def rerun(folder, seconds, root=ROOT):
         "claimed_train_flops": run["train_flops"],
         "score_flops_per_token": score_flops,
         "forward_flops_per_token": forward,
+        "audited_tokens": len(val),  # of the longest streams in the audit
     }
     result["faults"] = [*faults, *judge_rerun(result, shop.rules)]
     write_json(folder / "rerun.json", result)
