@@ -270,7 +270,8 @@ def reproduction(folder):
         return "not yet"
     result = read_json(path)
     verdict = "no" if result["faults"] else "yes"
-    return f"{verdict}: {result['val_loss']:.4f}, {result['date']}, {result['machine']}"
+    audited = "audited" if result["audited_tokens"] else "not audited"
+    return f"{verdict}: {result['val_loss']:.4f}, {audited}, {result['date']}, {result['machine']}"
 
 
 def show_indented(line):
