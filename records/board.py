@@ -282,13 +282,8 @@ def settled_order(root):
 
 
 def stale(root):
-    """What render would change: {path: function that writes or removes it}."""
+    """What render would change once the order is settled: {path: function that writes or removes it}."""
     changes = {}
-    order = settled_order(root)
-    if order != read_order(root):
-        # The board shows the order, so it is written first, and the rest once it is there.
-        path = root / "records" / "order.json"
-        return {path: functools.partial(write_json, path, order)}
     text, pictures = board_and_pictures(root)
 
     readme = root / "README.md"
@@ -320,16 +315,29 @@ def draw_into(path, draw, data, theme, digest):
     save_picture(path, draw(data, theme), digest)
 
 
-def render_command(args):
-    changes = stale(ROOT)
-    if not changes:
-        print("the board is up to date")
-        return False
-    while changes and not args.check:
-        for path, write in changes.items():
+def render(root, check=False):
+    """Write what is stale, or only find it. Returns the paths. Refused where a record does not verify."""
+    order = settled_order(root)
+    found = []
+    if order != read_order(root):
+        # The board shows the order, so this is written before the rest is drawn.
+        path = root / "records" / "order.json"
+        found.append(path)
+        if check:
+            return found
+        write_json(path, order)
+    for path, write in stale(root).items():
+        found.append(path)
+        if not check:
             write()
-            print(f"{os.path.relpath(path)}: written")
-        changes = stale(ROOT)
-    for path in changes:
-        print(f"{os.path.relpath(path)}: stale; run python records/leaderboard.py render")
-    return bool(changes)
+    return found
+
+
+def render_command(args):
+    found = render(ROOT, args.check)
+    what = "stale; run python records/leaderboard.py render" if args.check else "written"
+    for path in found:
+        print(f"{os.path.relpath(path)}: {what}")
+    if not found:
+        print("the board is up to date")
+    return bool(found) and args.check

@@ -22,6 +22,7 @@ from reading import (
     read_npy,
     read_tracks,
     require_keys,
+    same_folder,
     standing_record,
 )
 
@@ -212,10 +213,6 @@ def compare(a, b=None, root=ROOT):
     elif b is not None:
         lines += ["next:", f"  python records/leaderboard.py diff {b} {a}"]
     return lines
-
-
-def same_folder(path, folder):
-    return Path(path).resolve() == folder.resolve()
 
 
 def side(letter, path, scores):

@@ -35,11 +35,16 @@ from submit import submit_command
 from verify import verify_record
 
 
+def record_folder(path):
+    """The folder of a record that the user named. Refused where it is none."""
+    folder = path.resolve()
+    if not (folder / "record.json").exists() or folder.parent.parent != ROOT / "records":
+        raise Refused(f"{folder}: no record; name folders like records/pocket/2026-11-22_name")
+    return folder
+
+
 def verify_command(args):
-    folders = [path.resolve() for path in args.records] or record_folders(ROOT)
-    for folder in folders:
-        if not (folder / "record.json").exists() or folder.parent.parent != ROOT / "records":
-            raise Refused(f"{folder}: no record; name folders like records/pocket/2026-11-22_name")
+    folders = [record_folder(path) for path in args.records] or record_folders(ROOT)
     found = False
     for folder in folders:
         faults = verify_record(folder)
@@ -54,9 +59,7 @@ def verify_command(args):
 
 
 def rerun_command(args):
-    folder = args.record.resolve()
-    if not (folder / "record.json").exists() or folder.parent.parent != ROOT / "records":
-        raise Refused(f"{folder}: no record; name a folder like records/pocket/2026-11-22_name")
+    folder = record_folder(args.record)
     faults = verify_record(folder) or rerun(folder, args.seconds)
     print("\n".join(faults) or "reproduced")
     return bool(faults)

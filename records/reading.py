@@ -174,12 +174,16 @@ def all_records(root, track):
     return [(folder, record) for _, _, folder, record in found]
 
 
+def same_folder(a, b):
+    return Path(a).resolve() == Path(b).resolve()
+
+
 def standing_record(root, track, before=None):
     """(folder, record) of the best record of a track, or of those before the record in the folder `before`;
     None where there is none."""
     best = None
     for folder, record in all_records(root, track):
-        if before is not None and folder.resolve() == before.resolve():
+        if before is not None and same_folder(folder, before):
             break
         if best is None or mean_loss(record) < mean_loss(best[1]):
             best = (folder, record)
@@ -239,8 +243,13 @@ def parse_count(text):
     return int(text.replace(",", ""))
 
 
-# The kinds of lines, each with its form. A member is a model of an ensemble, counted from 1; a line that
-# names none is about the first. Losses are in nats per token, and seconds are on the run's clock.
+# How the text of a field is read, by the field's type; and what a line means that leaves the field out.
+PARSERS = {int: parse_count, float: float, float | None: float, bool: bool, str: str}
+LEFT_OUT = {"member": 1, "of_bags": False, "flops": None, "together": None}
+
+# The kinds of lines, each with its form, whose groups have the names of the fields. A member is a model of an
+# ensemble, counted from 1; a line that names none is about the first. Losses are in nats per token, and
+# seconds are on the run's clock.
 
 
 class Step(NamedTuple):
@@ -256,21 +265,9 @@ class Step(NamedTuple):
 
     # Other terms may follow the loss, each with its name, and then rates.
     form = (
-        rf"{MEMBER}step {AT} epoch (?P<epoch>{FLOAT}) (?P<name>loss|bag_loss) (?P<loss>{FLOAT}) "
+        rf"{MEMBER}step {AT} epoch (?P<epoch>{FLOAT}) (?P<of_bags>bag_)?loss (?P<loss>{FLOAT}) "
         rf".*?\btime (?P<seconds>{FLOAT})s\b.*"
     )
-
-    @classmethod
-    def read(cls, found):
-        return cls(
-            member=int(found["member"] or 1),
-            step=int(found["step"]),
-            steps=int(found["steps"]),
-            epoch=float(found["epoch"]),
-            loss=float(found["loss"]),
-            of_bags=found["name"] == "bag_loss",
-            seconds=float(found["seconds"]),
-        )
 
 
 class Eval(NamedTuple):
@@ -283,16 +280,6 @@ class Eval(NamedTuple):
     word: str
 
     form = rf"{MEMBER}(?P<word>eval|probe) {AT} val_loss (?P<loss>{FLOAT}) on .*"
-
-    @classmethod
-    def read(cls, found):
-        return cls(
-            member=int(found["member"] or 1),
-            step=int(found["step"]),
-            steps=int(found["steps"]),
-            loss=float(found["loss"]),
-            word=found["word"],
-        )
 
 
 class Done(NamedTuple):
@@ -307,10 +294,6 @@ class Done(NamedTuple):
         rf"the members so far together (?P<together>{FLOAT}), on .*"
     )
 
-    @classmethod
-    def read(cls, found):
-        return cls(int(found["member"]), float(found["alone"]), float(found["together"]))
-
 
 class Alone(NamedTuple):
     """A member's own loss on the whole validation stream, known once the run is scored, and that of the
@@ -318,19 +301,12 @@ class Alone(NamedTuple):
 
     member: int
     loss: float
-    together: float | None = None
+    together: float | None
 
     form = (
         rf"member (?P<member>{INT}) alone: (?P<loss>{FLOAT}); "
         rf"(?:the members so far together: (?P<together>{FLOAT}) )?.*"
     )
-
-    @classmethod
-    def read(cls, found):
-        together = None
-        if found["together"]:
-            together = float(found["together"])
-        return cls(int(found["member"]), float(found["loss"]), together)
 
 
 class Compiled(NamedTuple):
@@ -340,10 +316,6 @@ class Compiled(NamedTuple):
 
     form = rf"compiled: .*; (?P<seconds>{FLOAT}) s, which the clock leaves out"
 
-    @classmethod
-    def read(cls, found):
-        return cls(float(found["seconds"]))
-
 
 class Chain(NamedTuple):
     """What follows is a chain that was trained apart, with a clock of its own, on so many ranks."""
@@ -351,10 +323,6 @@ class Chain(NamedTuple):
     ranks: int
 
     form = rf"chain {INT} of {INT}: (?P<ranks>[1-9]\d{{0,6}}) rank\(s\).*"
-
-    @classmethod
-    def read(cls, found):
-        return cls(int(found["ranks"]))
 
 
 class Hardware(NamedTuple):
@@ -366,10 +334,6 @@ class Hardware(NamedTuple):
 
     form = rf"hardware: (?P<name>.*); (?P<ranks>{INT}) rank\(s\) of (?P<threads>{INT}) thread\(s\)"
 
-    @classmethod
-    def read(cls, found):
-        return cls(found["name"], int(found["ranks"]), int(found["threads"]))
-
 
 class Size(NamedTuple):
     """The line at the beginning that tells the size of the first model."""
@@ -377,10 +341,6 @@ class Size(NamedTuple):
     parameters: int
 
     form = rf"run .*?\b(?P<parameters>{COUNT}) parameters,.*"
-
-    @classmethod
-    def read(cls, found):
-        return cls(parse_count(found["parameters"]))
 
 
 class Trained(NamedTuple):
@@ -391,16 +351,9 @@ class Trained(NamedTuple):
     flops: float | None
 
     form = (
-        rf"trained for (?P<seconds>{FLOAT}) s, (?P<tokens>{COUNT}) tokens seen"
+        rf"trained for (?P<seconds>{FLOAT}) s, (?P<tokens_seen>{COUNT}) tokens seen"
         r"(?:, (?P<flops>\d{1,15}(?:\.\d{1,15})?(?:e\+\d{1,2})?) FLOPs)?(?:, .*)?"
     )
-
-    @classmethod
-    def read(cls, found):
-        flops = None
-        if found["flops"]:
-            flops = float(found["flops"])
-        return cls(float(found["seconds"]), parse_count(found["tokens"]), flops)
 
 
 class Score(NamedTuple):
@@ -411,13 +364,9 @@ class Score(NamedTuple):
     val_tokens: int
 
     form = (
-        rf"val_loss (?P<loss>{FLOAT}) nats per token, (?P<bpb>{FLOAT}) bits per byte, "
-        rf"(?P<tokens>{COUNT}) tokens scored"
+        rf"val_loss (?P<val_loss>{FLOAT}) nats per token, (?P<val_bpb>{FLOAT}) bits per byte, "
+        rf"(?P<val_tokens>{COUNT}) tokens scored"
     )
-
-    @classmethod
-    def read(cls, found):
-        return cls(float(found["loss"]), float(found["bpb"]), parse_count(found["tokens"]))
 
 
 class Malformed(NamedTuple):
@@ -456,7 +405,10 @@ def parse_line(line):
     found = re.fullmatch(kind.form, line, re.ASCII)
     if found is None:
         return Malformed(kind, line)
-    return kind.read(found)
+    fields = {}
+    for name, text in found.groupdict().items():
+        fields[name] = LEFT_OUT[name] if text is None else PARSERS[kind.__annotations__[name]](text)
+    return kind(**fields)
 
 
 class Log(NamedTuple):

@@ -6,7 +6,8 @@ Trains a record's own script again, as a stranger's program inside walls, and sc
 The script gets a folder with train.bin cut to the budget, and a decoy in place of the validation stream: text
 from beyond the budget. So it cannot learn from validation, nor know what it will be scored on. Then the
 referee scores the true validation stream with the fresh weights, counts FLOPs, audits the scorer at full
-size, and writes what came out into the record, as rerun.json."""
+size, and writes what came out into the record, as rerun.json.
+"""
 
 import datetime
 import hashlib
@@ -35,6 +36,7 @@ from reading import (
     write_json,
     write_shard,
 )
+from smoke import option_words, show_indented
 from walls import missing, walled, words
 
 # Runs a script under PyTorch's FLOP counter: argv is where to write the total, the script, and its options. A
@@ -76,8 +78,8 @@ LONG_STREAM = 24
 
 # A script claims the FLOPs of its model, by formula: two per weight and position, attention over what a token
 # sees, three times that for training. PyTorch counts what is multiplied, with the optimizer's products and
-# what masked attention throws away. That is 1.34 times as much for the standing record of pocket, of which
-# 0.17 are Muon's. More than this many times the claim is another model than the claimed one.
+# what masked attention throws away. That is 1.34 times as much for the standing record of pocket
+# (its rerun.json). More than this many times the claim is another model than the claimed one.
 COUNTED_PER_CLAIMED = 1.4
 
 # Another machine rounds differently, and after thousands of steps that is like another seed: the difference
@@ -126,11 +128,7 @@ class Workshop:
     def options(self, data, **changes):
         """The record's own recipe as options of its script."""
         config = self.log.config | {"data": data, "dtype": "auto"} | changes
-        words = []
-        for name, value in config.items():
-            if name in self.log.config:
-                words += [f"--{name}", str(int(value) if isinstance(value, bool) else value)]
-        return words
+        return option_words({name: config[name] for name in self.log.config})
 
     def run(self, what, command):
         """Run a command inside the walls. Refused where it fails. Returns the seconds that it took."""
@@ -202,7 +200,6 @@ def rerun(folder, seconds, root=ROOT):
         val = read_shard(shop.data / "val.bin", shop.hashes["val.bin"])
         print("  scoring the validation stream ...", flush=True)
         command = shop.score_command(fresh)
-        # The stream comes in under a name of the scorer's own.
         nll = Scorer(command, shop.folder, seconds)(val)
         audit = Audit(
             Scorer(command, shop.folder, seconds),
@@ -272,7 +269,3 @@ def reproduction(folder):
     verdict = "no" if result["faults"] else "yes"
     audited = "audited" if result["audited_tokens"] else "not audited"
     return f"{verdict}: {result['val_loss']:.4f}, {audited}, {result['date']}, {result['machine']}"
-
-
-def show_indented(line):
-    print(f"  {line}", flush=True)

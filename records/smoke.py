@@ -64,8 +64,13 @@ def toy_options(config, data=ROOT / "data" / "pocket"):
         changes = config["student"].split(",")
         kept = [change for change in changes if change.partition("=")[0] not in made_small]
         small["student"] = ",".join(kept)
+    return option_words(small)
+
+
+def option_words(config):
+    """A config as options of its script."""
     words = []
-    for name, value in small.items():
+    for name, value in config.items():
         if isinstance(value, bool):
             value = int(value)
         words += [f"--{name}", str(value)]

@@ -7,13 +7,17 @@ which needs no rights where the system allows user namespaces. missing() tries e
 not hold, on macOS all of them.
 
 No wall hides what a program needs to run at all. So it can still read the installed packages, and with them
-the text of the `pocket` tracks, which is PyTorch's own source."""
+the text of the `pocket` tracks, which is PyTorch's own source.
+"""
 
 import functools
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from audit import run_limited
 
 # Runs inside the new namespaces, as `sh -c WALLS sh FOLDER HIDDEN:HIDDEN... COMMAND...`. Every mount becomes
 # read-only but those of the kernel itself; shared memory is private. A mount that refuses is left as it is.
@@ -77,9 +81,6 @@ def walled(command, folder, hidden=()):
 def has_namespaces():
     if shutil.which("unshare") is None:
         return False
-    # Imported here: audit runs scorers, with or without walls.
-    from audit import run_limited
-
     status, _ = run_limited([*UNSHARE, "--mount-proc", "true"], 60)
     return status == 0
 
@@ -89,8 +90,6 @@ def missing():
     """The walls that do not hold on this machine, of EVERY_WALL, each of which is tried out."""
     if not has_namespaces():
         return EVERY_WALL
-    from audit import run_limited
-
     with tempfile.TemporaryDirectory() as tmp:
         inside = Path(tmp) / "inside"
         secret = Path(tmp) / "secret"

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "records"))
 
 import audit
+import reading
 
 HEADER_BYTES = 1024  # of a shard: 256 int32
 
@@ -247,6 +249,25 @@ def score(cli, run, tokens, folder):
     nll = np.load(out, allow_pickle=False)
     out.unlink()
     return nll
+
+
+# ---- the referee's side
+
+
+def make_repository(root, tiny_data, **rules):
+    """A repository as the referee sees one, whose pocket track is the tests' tiny data. rules: more of the
+    track's."""
+    (root / "records").mkdir(parents=True)
+    shutil.copytree(tiny_data, root / "data" / "pocket")
+    meta = json.loads((tiny_data / "meta.json").read_text())
+    tracks = reading.read_tracks()
+    # So little text is uneven: its test loss is far from the validation loss.
+    dataset = tracks["datasets"]["pocket"]
+    dataset |= {"train_tokens": TINY["train_tokens"], "sha256": meta["sha256"], "max_test_gap": 1.0}
+    dataset |= {f"{split}_tokens": meta["tokens"][split] for split in ("val", "test")}
+    dataset |= {f"{split}_bytes": meta["text_bytes"][split] for split in ("val", "test")}
+    tracks["tracks"]["pocket"] |= rules
+    (root / "records" / "tracks.json").write_text(json.dumps(tracks))
 
 
 # ---- what runs leave

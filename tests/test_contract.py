@@ -45,6 +45,7 @@ from runs import (
     assert_same_model,
     has_logged,
     log_lines,
+    make_repository,
     options,
     record_of,
     run_script,
@@ -135,19 +136,13 @@ def test_the_referee_makes_a_record_of_it(finished_run, tiny_data, tmp_path):
     """submit scores the test stream by the script in the run's log, and verify follows every claim back to a
     file."""
     root = tmp_path / "root"
-    (root / "records").mkdir(parents=True)
-    shutil.copytree(tiny_data, root / "data" / "pocket")
-    tracks, meta = reading.read_tracks(), json.loads((tiny_data / "meta.json").read_text())
-    dataset = tracks["datasets"]["pocket"]
-    dataset |= {"train_tokens": TINY["train_tokens"], "sha256": meta["sha256"], "max_test_gap": 1.0}
-    dataset |= {f"{split}_tokens": meta["tokens"][split] for split in ("val", "test")}
-    dataset |= {f"{split}_bytes": meta["text_bytes"][split] for split in ("val", "test")}
-    (root / "records" / "tracks.json").write_text(json.dumps(tracks))
+    make_repository(root, tiny_data)
     (root / "note.md").write_text("# The tiny recipe\n\nNothing to see.\n")
     noon = datetime.datetime(2026, 1, 2, 12, tzinfo=datetime.UTC)
     folder = submit.submit([finished_run], "tiny", root / "note.md", ["A. Author"], root, noon)
     assert verify.verify_record(folder, root) == []
     run = record_of(folder)["runs"][0]
+    meta = json.loads((tiny_data / "meta.json").read_text())
     assert run["test_loss"] != run["val_loss"] and run["test_loss"] < math.log(meta["vocab_size"])
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
+from runs import make_repository
 
 sys.path.insert(0, str(ROOT / "records"))
 import board
@@ -28,8 +29,6 @@ pytestmark = pytest.mark.contract
 
 NOON = datetime.datetime(2026, 1, 2, 12, tzinfo=datetime.UTC)
 NOTE = "# The tiny recipe\n\nNothing to see.\n"
-
-needs_git = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 
 
 # ---- helpers
@@ -73,24 +72,10 @@ def edit_lines(path, change):
 
 
 def make_root(folder, tiny_data):
-    """A repository as the referee sees one, whose pocket track is the tests' tiny data."""
-    (folder / "records").mkdir(parents=True)
-    shutil.copytree(tiny_data, folder / "data" / "pocket")
-    meta = json.loads((tiny_data / "meta.json").read_text())
-    tracks = reading.read_tracks()
-    tracks["datasets"]["pocket"] |= {
-        "train_tokens": 20_000,
-        "val_tokens": meta["tokens"]["val"],
-        "test_tokens": meta["tokens"]["test"],
-        "val_bytes": meta["text_bytes"]["val"],
-        "sha256": meta["sha256"],
-        # So little text is uneven.
-        "max_test_gap": 1.0,
-    }
+    """A repository with a board, a baseline and a note."""
     # Some tests are about a track with a clock. That of a run inside the tests' own process counts from the
     # start of that process.
-    tracks["tracks"]["pocket"] |= {"max_seconds": 10**9, "max_cores": 4}
-    (folder / "records" / "tracks.json").write_text(json.dumps(tracks))
+    make_repository(folder, tiny_data, max_seconds=10**9, max_cores=4)
     (folder / "note.md").write_text(NOTE)
     (folder / "README.md").write_text(f"# Board\n\n{board.BEGIN}\n{board.END}\n\nafter\n")
     baselines = json.loads((ROOT / "records" / "baselines.json").read_text())
@@ -879,12 +864,7 @@ def test_a_clock_that_will_run_out(copy, finished_run):
 
 def render(root):
     """Write what is stale. Returns the names of these files."""
-    written = set()
-    while changes := board.stale(root):
-        for write in changes.values():
-            write()
-        written |= {os.path.relpath(path, root) for path in changes}
-    return sorted(written)
+    return sorted(os.path.relpath(path, root) for path in board.render(root))
 
 
 def rows_with(page, words):

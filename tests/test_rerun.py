@@ -1,7 +1,6 @@
 """A stranger's program inside walls, and the rerun of a record."""
 
 import json
-import shutil
 import sys
 import time
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
+from runs import make_repository
 
 sys.path.insert(0, str(ROOT / "records"))
 import audit
@@ -81,19 +81,12 @@ print("done")
 def shop(tiny_data, finished_run, tmp_path):
     """The Workshop of a record of the tests' tiny run."""
     root = tmp_path / "root"
-    (root / "records").mkdir(parents=True)
-    shutil.copytree(tiny_data, root / "data" / "pocket")
-    meta = json.loads((tiny_data / "meta.json").read_text())
-    tracks = reading.read_tracks()
-    tracks["datasets"]["pocket"] |= {
-        "train_tokens": 20_000,
-        "val_tokens": 3000,
-        "sha256": meta["sha256"],
-    }
-    (root / "records" / "tracks.json").write_text(json.dumps(tracks))
+    make_repository(root, tiny_data)
     run = json.loads((finished_run / "record.json").read_text()) | {"log": "log.txt"}
     (tmp_path / "work").mkdir()
-    return rerun.Workshop(tmp_path / "work", {"runs": [run], "folder": finished_run}, root, 300)
+    workshop = rerun.Workshop(tmp_path / "work", {"runs": [run], "folder": finished_run}, root, 300)
+    workshop.dataset["val_tokens"] = 3000
+    return workshop
 
 
 def test_the_data_of_a_rerun_is_the_budget_and_a_decoy(shop):
