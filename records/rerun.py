@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from audit import Audit, Scorer, run_limited
+from audit import Audit, Broken, Scorer, run_limited
 from reading import (
     ROOT,
     Refused,
@@ -200,7 +200,10 @@ def rerun(folder, seconds, root=ROOT):
         val = read_shard(shop.data / "val.bin", shop.hashes["val.bin"])
         print("  scoring the validation stream ...", flush=True)
         command = shop.score_command(fresh)
-        nll = Scorer(command, shop.folder, seconds)(val)
+        try:
+            nll = Scorer(command, shop.folder, seconds)(val)
+        except Broken as e:
+            raise Refused(f"{name}: its scorer breaks the contract: {e}") from None
         audit = Audit(
             Scorer(command, shop.folder, seconds),
             val,
