@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -70,7 +71,7 @@ def read_scores(path):
     return np.mean(sums, axis=0), np.array([s.sum() / n for s in sums]), n
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def student(df):
     """Student's t: (values of |t|, the probability to exceed each, both sides).
 
@@ -88,28 +89,40 @@ def p_value(t, df):
     return float(np.interp(t, values, tail))
 
 
-def seed_spread(seeds, dataset):
-    """(standard deviation of a side's loss from seed to seed, where it comes from).
+class Spread(NamedTuple):
+    """Standard deviation of a loss from seed to seed, in nats per token.
 
-    tracks.json states one for the dataset (seed_sd), measured once, because most records have a single seed.
-    A side with enough seeds of its own that differ by more has shown a larger spread, and that one counts.
+    df: the degrees of freedom with which it is known. source: in words.
+    """
+
+    sd: float
+    df: int
+    source: str
+
+
+def seed_spread(seeds, dataset):
+    """The Spread that counts for a side with these losses.
+
+    tracks.json states one for the dataset (seed_sd and seed_df, as leaderboard.py spread finds them), because
+    most sides have too few seeds to tell. A side with FEWEST_SEEDS or more of its own that differ by more has
+    shown a larger spread, and that one counts, with the degrees of freedom of the stated one.
     """
     stated = dataset.get("seed_sd", 0.0)
     own = 0.0
     if len(seeds) >= FEWEST_SEEDS:
         own = float(seeds.std(ddof=1))
     if own > stated:
-        return own, f"of its own {len(seeds)} seeds"
+        df = max(len(seeds) - 1, dataset.get("seed_df", 0))
+        return Spread(own, df, f"of its own {len(seeds)} seeds")
     if stated:
-        return stated, "stated in tracks.json"
-    return 0.0, f"not counted: tracks.json states none, and it has fewer than {FEWEST_SEEDS} seeds"
+        return Spread(stated, dataset["seed_df"], "stated in tracks.json")
+    few = f"not counted: tracks.json states none, and it has fewer than {FEWEST_SEEDS} seeds"
+    return Spread(0.0, 1, few)
 
 
 def compare_scores(a, b, dataset):
     """The paired test of two read_scores(), with each side's spread of seeds from seed_spread()."""
-    spread_a, _ = seed_spread(a[1], dataset)
-    spread_b, _ = seed_spread(b[1], dataset)
-    return paired_test(a, b, spread_a, spread_b)
+    return paired_test(a, b, seed_spread(a[1], dataset), seed_spread(b[1], dataset))
 
 
 def paired_test(a, b, spread_a, spread_b):
@@ -117,9 +130,9 @@ def paired_test(a, b, spread_a, spread_b):
 
     Two things make it uncertain. The text: the difference varies from block to block, and neighboring blocks,
     often of one document, vary together. So their covariances up to sqrt(n) blocks apart count, too (Newey
-    and West 1987, Bartlett weights). The seed: another one gives another loss, so a single lucky one must
-    prove little. Each side's spread is divided by the square root of its number of seeds. Student's t has as
-    many degrees of freedom as there are stretches of sqrt(n) blocks.
+    and West 1987, Bartlett weights), and there are as many degrees of freedom as stretches of sqrt(n) blocks.
+    The seed: another one gives another loss, so a single lucky one must prove little. Each side's Spread is
+    divided by the square root of its number of seeds. standard_error() adds the two up.
     """
     blocks_a, seeds_a, tokens = a
     blocks_b, seeds_b, tokens_b = b
@@ -133,12 +146,11 @@ def paired_test(a, b, spread_a, spread_b):
     for k in range(1, lags + 1):
         covariance = (centered[k:] * centered[: n - k]).sum() / n
         variance += 2 * (1 - k / (lags + 1)) * covariance
-    text_error = math.sqrt(max(0.0, variance) * n) / tokens
-    seed_error = math.hypot(spread_a / math.sqrt(len(seeds_a)), spread_b / math.sqrt(len(seeds_b)))
-    error = math.hypot(text_error, seed_error)
+    text = Spread(math.sqrt(max(0.0, variance) * n) / tokens, max(1, n // (lags + 1) - 1), "of the text")
+    sides = [(spread_a, len(seeds_a)), (spread_b, len(seeds_b))]
+    error, df = standard_error([(text, 1), *sides])
 
     mean = float(difference.sum() / tokens)
-    df = max(1, n // (lags + 1) - 1)
     t, p = student(df)
     width = error * np.interp(-0.05, -p, t)
     if error > 0:
@@ -149,22 +161,37 @@ def paired_test(a, b, spread_a, spread_b):
         "mean": mean,
         "interval": (mean - width, mean + width),
         "p": chance,
-        "text": text_error,
-        "seed": seed_error,
+        "text": text,
+        "seed": math.hypot(*(spread.sd / math.sqrt(count) for spread, count in sides)),
         "blocks": n,
         "df": df,
     }
 
 
-def seeds_needed(c, n, spread_a, limit):
-    """How many seeds A needs for p < limit, if its mean stays; None where even MOST_SEEDS are too few.
+def standard_error(parts):
+    """(standard error, its degrees of freedom) of a sum of means. parts: [(Spread, number that is averaged)].
 
-    c: a paired_test() of n seeds of A with this spread.
+    The degrees of freedom are Welch's and Satterthwaite's: near those of the part that matters most. Where
+    two parts have one spread, stated for both, an error in it is common to them, so they are one part.
     """
-    rest = c["text"] ** 2 + c["seed"] ** 2 - spread_a**2 / n
+    variances = {}
+    for spread, count in parts:
+        variances[spread] = variances.get(spread, 0.0) + spread.sd**2 / count
+    total = sum(variances.values())
+    if total == 0:
+        return 0.0, 1
+    return math.sqrt(total), total**2 / sum(part**2 / spread.df for spread, part in variances.items())
+
+
+def seeds_needed(c, sides, limit):
+    """How many seeds A needs for p < limit, if its mean and spread stay; None where MOST_SEEDS are too few.
+
+    c: a paired_test(). sides: (Spread, number of seeds) of A and of B in it.
+    """
+    (spread_a, n), side_b = sides
     for more in range(n + 1, MOST_SEEDS + 1):
-        error = math.sqrt(max(0.0, rest) + spread_a**2 / more)
-        if p_value(abs(c["mean"]) / error, c["df"]) < limit:
+        error, df = standard_error([(c["text"], 1), (spread_a, more), side_b])
+        if p_value(abs(c["mean"]) / error, df) < limit:
             return more
     return None
 
@@ -207,7 +234,7 @@ def compare(a, b=None, root=ROOT):
     outcome = outcome_of(c, limit, against_standing, faults)
     lines.append(f"verdict: {verdict(outcome, c, limit, track, standing)}")
     if outcome == "chance" and c["mean"] < 0:
-        lines.append(f"  {more_seeds(c, scores, dataset, limit)}")
+        lines.append(f"  {more_seeds(c, scores, scores_b, dataset, limit)}")
     if "submitted" not in record:
         lines += ["next:", *next_steps(outcome, a, b, claims)]
     elif b is not None:
@@ -233,12 +260,19 @@ def test_lines(c, scores_a, scores_b, dataset):
     interval = f"95% interval {low:+.6f} to {high:+.6f}"
     lines = [
         f"A - B  {c['mean']:+.6f} nats per token, {interval}, p = {c['p']:.2g}",
-        f"standard errors: the text {c['text']:.6f} (paired, {c['blocks']} blocks of {BLOCK:,} tokens), "
-        f"the seeds {c['seed']:.6f}",
+        f"standard errors: the text {c['text'].sd:.6f} (paired, {c['blocks']} blocks of {BLOCK:,} tokens), "
+        f"the seeds {c['seed']:.6f}; together {c['df']:.1f} degrees of freedom",
     ]
+    counted = True
     for letter, (_, seeds, _) in (("A", scores_a), ("B", scores_b)):
-        spread, source = seed_spread(seeds, dataset)
-        lines.append(f"  spread of {letter} from seed to seed: {spread:.4f}, {source}")
+        spread = seed_spread(seeds, dataset)
+        lines.append(f"  spread of {letter} from seed to seed: {spread.sd:.4f}, {spread.source}")
+        counted = counted and spread.sd > 0
+    if not counted:
+        lines.append(
+            "p leaves out that another seed gives another loss, so it is too small; "
+            f"{FEWEST_SEEDS} seeds on each side would tell"
+        )
     return lines
 
 
@@ -290,11 +324,10 @@ def verdict(outcome, c, limit, track, standing):
     return f"better, {p}; the record to beat is {standing[0].name}, {mean_loss(standing[1]):.4f}"
 
 
-def more_seeds(c, scores, dataset, limit):
+def more_seeds(c, scores_a, scores_b, dataset, limit):
     """Whether more seeds of A would show the difference."""
-    _, seeds, _ = scores
-    spread, _ = seed_spread(seeds, dataset)
-    n = seeds_needed(c, len(seeds), spread, limit)
+    sides = [(seed_spread(seeds, dataset), len(seeds)) for _, seeds, _ in (scores_a, scores_b)]
+    n = seeds_needed(c, sides, limit)
     if n is None:
         return f"even {MOST_SEEDS} seeds of A with this mean would not show that A is better"
     return f"{n} seeds of A with this mean would show that A is better"

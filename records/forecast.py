@@ -386,8 +386,8 @@ def draws(run, forecasters, at, others):
 def bar(track, root=ROOT):
     """(loss that a run must reach to beat the track's standing record, that record's name and loss).
 
-    Better by chance is not enough: compare asks for p < 0.01, two-sided, in Student's t with some 18 degrees
-    of freedom. These are 2.88 standard errors, of two seeds and a little of the text.
+    Better by chance is not enough: compare asks for p < 0.01, two-sided, in Student's t with some 55 degrees
+    of freedom. These are 2.67 standard errors of two seeds and the text, or 2.75 of the seeds alone.
     """
     tracks = read_tracks(root)
     standing = standing_record(root, track)
@@ -395,7 +395,7 @@ def bar(track, root=ROOT):
         return None, None
     folder, record = standing
     dataset = tracks["datasets"][tracks["tracks"][track]["dataset"]]
-    margin = 3.0 * math.sqrt(2) * dataset.get("seed_sd", 0.0)
+    margin = 2.75 * math.sqrt(2) * dataset.get("seed_sd", 0.0)
     return mean_loss(record) - margin, f"{folder.name}, {mean_loss(record):.4f}"
 
 

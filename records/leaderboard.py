@@ -1,13 +1,14 @@
 """
 The referee's desk: makes records out of runs, recomputes what they claim, compares them, and draws the board.
 
-    python records/leaderboard.py submit runs/NAME [runs/NAME2 ...] --slug loops --note note.md python
-    records/leaderboard.py verify [RECORD ...] [--smoke]   exit status 0: all hold; 1: a line per fault python
-    records/leaderboard.py rerun RECORD       train its script again, and score it: RUNS THE SUBMITTED CODE
+    python records/leaderboard.py submit runs/NAME [runs/NAME2 ...] --slug loops --note note.md
+    python records/leaderboard.py verify [RECORD ...] [--smoke]   exit status 0: all hold; 1: a line per fault
+    python records/leaderboard.py rerun RECORD       train its script again and score it: RUNS SUBMITTED CODE
     python records/leaderboard.py compare A [B]      is A better than B [the standing record], and a record?
-    python records/leaderboard.py diff A B           what changed in the options and in the script python
-    records/leaderboard.py judge runs/NAME    what the track's rules make of a run, finished or not python
-    records/leaderboard.py render [--check]   the tables of README.md and the pictures
+    python records/leaderboard.py diff A B           what changed in the options and in the script
+    python records/leaderboard.py judge runs/NAME    what the track's rules make of a run, finished or not
+    python records/leaderboard.py spread [DATASET]   how far losses vary from seed to seed, by the logs
+    python records/leaderboard.py render [--check]   the tables of README.md and the pictures
 
 A record is records/TRACK/DATE_SLUG/ with README.md (the note), record.json (what is claimed, and the names of
 the other files), and for each seed the log, val_nll.npy and test_nll.npy. Nothing in records/ imports
@@ -15,8 +16,8 @@ train_gpt.py or trusts it: a claim counts if it follows from the files, and the 
 rules of tracks.json. records/README.md has the rules and their reasons.
 
 This file is the command line. The subjects have files of their own: reading.py (all files, logs above all),
-verify.py, smoke.py, rerun.py, walls.py, audit.py, compare.py (statistics), diff.py, judge.py, submit.py,
-board.py, efficiency.py and pictures.py."""
+verify.py, smoke.py, rerun.py, walls.py, audit.py, compare.py (statistics), spread.py, diff.py, judge.py,
+submit.py, board.py, efficiency.py and pictures.py."""
 
 import argparse
 import os
@@ -31,6 +32,7 @@ from judge import judge
 from reading import ROOT, Refused, record_folders
 from rerun import rerun
 from smoke import smoke
+from spread import spread_command
 from submit import submit_command
 from verify import verify_record
 
@@ -115,6 +117,10 @@ def parse_args(argv):
     one.add_argument("a", metavar="A")
     one.add_argument("b", metavar="B")
     one.set_defaults(run=diff_command)
+
+    one = commands.add_parser("spread", help="a dataset's spread from seed to seed, by the logs")
+    one.add_argument("dataset", nargs="?", default="pocket", metavar="DATASET", help="[pocket]")
+    one.set_defaults(run=spread_command)
 
     one = commands.add_parser("render", help="write the board into README.md and draw the pictures")
     one.add_argument(

@@ -415,11 +415,13 @@ class Log(NamedTuple):
     """A log.txt.
 
     source: of the script, as bytes; None where the log was kept without it (baselines and ablations).
+    source_sha256: as the first line tells it.
     lines: what stands behind it, without what the model wrote. config: every field of the run's
     configuration. data: what the run was trained on, or None. entries: what the lines say, in order.
     """
 
     source: bytes | None
+    source_sha256: str
     script: str
     lines: list
     config: dict
@@ -462,9 +464,11 @@ def read_log(path):
     if kept and rest.startswith(SOURCE_END[1:]):
         source = None
         script = kept[1]
+        source_sha256 = kept[3]
         rest = rest[len(SOURCE_END) - 1 :]
     else:
         source, script, rest = split_log(content)
+        source_sha256 = hashlib.sha256(source).hexdigest()
     # The end of a log that is being written may be half a character.
     lines = rest.decode("utf-8", "replace").splitlines()
     # What the model wrote on its own is no part of what the log says.
@@ -479,4 +483,4 @@ def read_log(path):
         entry = parse_line(line)
         if entry is not None:
             entries.append(entry)
-    return Log(source, script, lines, config, json_line(lines, "data "), entries)
+    return Log(source, source_sha256, script, lines, config, json_line(lines, "data "), entries)

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from compare import paired_test
+from compare import Spread, paired_test
 from pictures import INK, figure, save_picture
 from reading import (
     HERE,
@@ -292,8 +292,9 @@ def ablation_row(group, control):
     difference = ["", "", ""]
     if control:
         _, control_losses, _ = control["scores"]
-        seed_sd = np.sqrt((losses.var(ddof=1) + control_losses.var(ddof=1)) / 2)
-        c = paired_test(group["scores"], control["scores"], seed_sd, seed_sd)
+        sd = np.sqrt((losses.var(ddof=1) + control_losses.var(ddof=1)) / 2)
+        spread = Spread(float(sd), len(losses) + len(control_losses) - 2, "of both groups")
+        c = paired_test(group["scores"], control["scores"], spread, spread)
         low, high = c["interval"]
         difference = [
             f"{c['mean']:+.4f} to {control['name']}",

@@ -23,6 +23,10 @@ needs_git = pytest.mark.skipif(not shutil.which("git"), reason="needs git")
 
 BLOCKS = 400
 
+STATED = {"seed_sd": 0.003, "seed_df": 54}
+TEXT = compare.Spread(0.002, 19, "of the text")
+A_SPREAD = compare.Spread(0.002, 54, "stated")
+
 
 # ---- compare
 
@@ -85,6 +89,14 @@ def write_run(root, name, loss, **claims):
     return folder
 
 
+def edit_tracks(root, change):
+    """Change what tracks.json says of pocket's dataset."""
+    path = root / "records" / "tracks.json"
+    tracks = json.loads(path.read_text())
+    change(tracks["datasets"]["pocket"])
+    path.write_text(json.dumps(tracks))
+
+
 def after(lines, start):
     """The lines from the one with this start on."""
     at = next(i for i, line in enumerate(lines) if line.startswith(start))
@@ -120,9 +132,9 @@ def test_a_worse_run(root):
 @pytest.mark.parametrize(
     "loss, seeds",
     [
-        # p < 0.01 needs 2.861 standard errors. A seed's is 0.003 on each side: 0.010 is 2.72 standard errors
-        # with two seeds of A, and 2.89 with three.
-        (0.690, "3 seeds of A with this mean would show that A is better"),
+        # p < 0.01 needs 2.67 standard errors. A seed's is 0.00283 on each side: 0.009 is 2.60 standard errors
+        # with two seeds of A, and 2.75 with three.
+        (0.691, "3 seeds of A with this mean would show that A is better"),
         (0.699, "even 20 seeds of A with this mean would not show that A is better"),
     ],
 )
@@ -204,24 +216,62 @@ def test_a_run_that_cannot_be_judged(root, claims, words):
 
 
 @pytest.mark.parametrize(
-    "seeds, stated, spread, source",
+    "seeds, dataset, spread",
     [
-        ([0.70, 0.71, 0.72], 0.003, 0.01, "of its own 3 seeds"),
-        ([0.700, 0.701, 0.702], 0.003, 0.003, "stated in tracks.json"),
-        ([0.70, 0.72], 0.003, 0.003, "stated in tracks.json"),
-        ([0.70, 0.71, 0.72], None, 0.01, "of its own 3 seeds"),
-        ([0.70, 0.72], None, 0.0, "not counted: tracks.json states none"),
+        ([0.70, 0.71, 0.72], STATED, (0.01, 54, "of its own 3 seeds")),
+        ([0.700, 0.701, 0.702], STATED, (0.003, 54, "stated in tracks.json")),
+        ([0.70, 0.72], STATED, (0.003, 54, "stated in tracks.json")),
+        ([0.70, 0.71, 0.72], {}, (0.01, 2, "of its own 3 seeds")),
+        ([0.70, 0.72], {}, (0.0, 1, "not counted: tracks.json states none")),
     ],
 )
-def test_which_spread_of_seeds_counts(seeds, stated, spread, source):
-    dataset = {} if stated is None else {"seed_sd": stated}
-    found, where = compare.seed_spread(np.array(seeds), dataset)
-    assert found == pytest.approx(spread) and where.startswith(source)
+def test_which_spread_of_seeds_counts(seeds, dataset, spread):
+    found = compare.seed_spread(np.array(seeds), dataset)
+    assert found[:2] == pytest.approx(spread[:2]) and found.source.startswith(spread[2])
+
+
+@pytest.mark.parametrize(
+    "parts, df",
+    [
+        ([(TEXT, 1), (A_SPREAD, 1)], 19 * 54 / ((19 + 54) / 4)),  # two equal parts of the variance
+        ([(TEXT, 1), (A_SPREAD, 10**9)], 19),  # so many seeds that the text alone counts
+        ([(A_SPREAD, 1), (A_SPREAD, 3)], 54),  # one stated spread, used on both sides
+        ([(A_SPREAD, 1), (compare.Spread(0.002, 54, "other"), 1)], 108),
+    ],
+)
+def test_degrees_of_freedom_are_welchs(parts, df):
+    error, found = compare.standard_error(parts)
+    assert found == pytest.approx(df)
+    assert error == pytest.approx(sum(0.002**2 / count for _, count in parts) ** 0.5)
+
+
+def test_few_degrees_of_freedom_of_the_seeds_make_a_larger_p():
+    """A spread that four differences tell proves less than the same one from 54."""
+    sums = sums_of(0.7)
+    tokens = 1000 * BLOCKS - 1
+    a = (sums - 10, np.zeros(1), tokens)
+    b = (sums, np.zeros(1), tokens)
+    p = {}
+    for df in (4, 54):
+        p[df] = compare.compare_scores(a, b, {"seed_sd": 0.003, "seed_df": df})["p"]
+    # Of 0.010 / (0.003 * sqrt(2)) = 2.357 standard errors, by tables of Student's t.
+    assert p[4] == pytest.approx(0.078, abs=0.001) and p[54] == pytest.approx(0.022, abs=0.001)
+
+
+def test_seeds_that_nothing_is_known_about_are_said_aloud(root):
+    """As on mini and FineWeb. The text alone is in p, and a reader is told."""
+    edit_tracks(root, lambda dataset: [dataset.pop("seed_sd"), dataset.pop("seed_df")])
+    a = write_run(root, "a", 0.69)
+    lines = compare.compare(a, root=root)
+    assert sum(line.startswith("p leaves out that another seed gives another loss") for line in lines) == 1
+    three = ",".join(str(write_run(root, f"a{seed}", 0.69 + 0.001 * seed, seed=seed)) for seed in range(3))
+    spread = write_record(root, "2026-01-01_three", 0.80, 0.81, 0.82)
+    assert not any(line.startswith("p leaves out") for line in compare.compare(three, spread, root))
 
 
 def test_each_side_has_its_own_spread(root):
     """A lead of 0.02 over one seed is nothing beside seeds that differ by 0.05; verify asks the same."""
-    dataset = {"seed_sd": 0.003}
+    dataset = STATED
     steady = compare.read_scores(write_record(root, "2026-01-03_steady", 0.72, 0.72, 0.72))
     spread = compare.read_scores(write_record(root, "2026-01-03_spread", 0.67, 0.72, 0.77))
     a = compare.read_scores(write_run(root, "a", 0.70))
@@ -231,7 +281,7 @@ def test_each_side_has_its_own_spread(root):
     # The other side has the stated one.
     assert c["seed"] == pytest.approx((0.05**2 / 3 + 0.003**2) ** 0.5, rel=1e-4)
     lines = compare.compare(root / "runs" / "a", root / "records" / "pocket" / "2026-01-03_spread", root)
-    assert "  spread of A from seed to seed: 0.0030, stated in tracks.json" in lines
+    assert "  spread of A from seed to seed: 0.0028, stated in tracks.json" in lines
     assert "  spread of B from seed to seed: 0.0500, of its own 3 seeds" in lines
 
 
@@ -241,11 +291,12 @@ def test_as_many_seeds_as_are_needed():
     noise = np.random.default_rng(1).normal(0, 90, BLOCKS)
     tokens = 1000 * BLOCKS - 1
     better = text - 16 + noise - noise.mean()
+    spreads = compare.Spread(0.008, 2, "own"), compare.Spread(0.003, 54, "stated")
 
     def p_of(n):
-        return compare.paired_test((better, np.zeros(n), tokens), (text, np.zeros(3), tokens), 0.008, 0.003)
+        return compare.paired_test((better, np.zeros(n), tokens), (text, np.zeros(3), tokens), *spreads)
 
-    n = compare.seeds_needed(p_of(1), 1, 0.008, 0.01)
+    n = compare.seeds_needed(p_of(1), [(spreads[0], 1), (spreads[1], 3)], 0.01)
     assert n > 2 and p_of(n)["p"] < 0.01 <= p_of(n - 1)["p"]
 
 

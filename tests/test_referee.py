@@ -741,18 +741,17 @@ def test_compare_counts_the_text_and_the_seeds(tmp_path):
     assert c["mean"] == pytest.approx(-0.005, abs=0.0015)
     assert c["p"] < 1e-6 and c["interval"][0] < -0.005 < c["interval"][1]
     # It is estimated with 19 degrees of freedom, so to 1 / sqrt(2 * 19) = 16%; 3 of these.
-    assert c["text"] == pytest.approx(10 / 400**0.5 / 1000, rel=0.5)
+    assert c["text"].sd == pytest.approx(10 / 400**0.5 / 1000, rel=0.5)
     assert compare.compare_scores(a, a, {})["p"] == 1
 
     # The seeds spread as much as the records differ: one seed each proves nothing. With twenty, the
-    # difference is sqrt(10) = 3.2 standard errors, for which Student's t with 19 degrees of freedom has p =
-    # 0.005.
-    assert compare.compare_scores(a, b, {"seed_sd": 0.005})["p"] > 0.1
+    # difference is sqrt(10) = 3.2 standard errors.
+    assert compare.compare_scores(a, b, {"seed_sd": 0.005, "seed_df": 54})["p"] > 0.1
     many = []
     for name, mean in (("low", text - 5), ("high", text)):
         seeds = [mean + offset for offset in np.linspace(-4, 4, 20)]
         many.append(compare.read_scores(fake_record(tmp_path / name, seeds)))
-    c = compare.compare_scores(*many, {"seed_sd": 0.005})
+    c = compare.compare_scores(*many, {"seed_sd": 0.005, "seed_df": 54})
     assert c["seed"] == pytest.approx(0.005 * (2 / 20) ** 0.5) and c["p"] < 0.01
 
 
