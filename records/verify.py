@@ -45,6 +45,7 @@ from reading import (
     require_keys,
     standing_record,
 )
+from rerun import SPREADS, judge_rerun
 
 # Of a record's folder: enough for several seeds of a long chain.
 MAX_BYTES = 20_000_000
@@ -113,6 +114,23 @@ CLAIMS = dict(
 ADDED = dict(log=str, val_nll=str, weights_sha256=str)
 TESTED = dict(test_nll=str, test_loss=float)
 
+# What rerun.json holds. forward_flops_per_token may be null.
+RERUN = dict(
+    date=str,
+    machine=str,
+    walls_missing=list,
+    val_loss=float,
+    claimed=float,
+    limit=float,
+    seconds=float,
+    train_flops=float,
+    claimed_train_flops=float,
+    score_flops_per_token=float,
+    forward_flops_per_token=float,
+    audited_tokens=int,
+    faults=list,
+)
+
 
 class Faults(list):
     """One line for each fault: the file, what is claimed, what was found."""
@@ -176,6 +194,8 @@ def verify_record(folder, root=ROOT, tested=True, better=True):
     if None not in configs:
         verify_recipes(faults, record["runs"], configs)
     verify_number_of_seeds(faults, record, tracks["tracks"][track])
+    if (folder / "rerun.json").exists():
+        verify_rerun(faults, folder, record, tracks)
     if better and not faults and not is_overtaken(root, folder):
         verify_better(faults, folder, tracks, root)
     return faults
@@ -343,6 +363,54 @@ def verify_number_of_seeds(faults, record, rules):
             len(record["runs"]),
             f"{wanted['least']} seeds are asked for since {wanted['from']}",
         )
+
+
+def verify_rerun(faults, folder, record, tracks):
+    """What the rerun wrote has its form, is about this record, and tells the faults that its numbers make."""
+
+    def expect(holds, *rest):
+        return faults.expect(holds, "rerun.json", *rest)
+
+    try:
+        result = read_json(folder / "rerun.json")
+        broken = wrong_rerun(result)
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        broken = [f"damaged or incomplete ({type(e).__name__}: {e})"]
+    for what in broken:
+        expect(False, what)
+    if broken:
+        return
+    rules = tracks["tracks"][record["track"]]
+    run = record["runs"][0]
+    limit = SPREADS * tracks["datasets"][rules["dataset"]].get("seed_sd", 0.0)
+    for name, found, source in (
+        ("claimed", run["val_loss"], "record.json"),
+        ("claimed_train_flops", run["train_flops"], "record.json"),
+        ("limit", limit, "seed_sd of tracks.json makes"),
+    ):
+        expect(same(result[name], found), name, result[name], f"{found} in {source}")
+    day = result["date"]
+    in_time = time_has_come(f"{day}T00:00:00Z", day) and day >= record["date"]
+    expect(in_time, f"date is {day!r}, not a day from the record's own on that has come")
+    # The audit's faults are in it, too, and do not follow from the numbers.
+    for fault in judge_rerun(result, rules):
+        expect(fault in result["faults"], f"its faults lack what follows from its numbers: {fault}")
+
+
+def wrong_rerun(result):
+    """What in a rerun.json is not of its type, one line each."""
+    broken = []
+    for name, kind in RERUN.items():
+        missing = name == "forward_flops_per_token" and result[name] is None
+        if not (missing or has_type(result[name], kind)):
+            broken.append(f"{name} is not a {kind.__name__} or is out of range")
+    for text in (*result["walls_missing"], *result["faults"]):
+        if type(text) is not str or not text.isprintable():
+            broken.append("walls_missing and faults are not lines of text")
+    machine = str(result["machine"])
+    if not re.fullmatch(TEXT, machine) or not machine.isprintable():
+        broken.append("machine: one line of 3 to 120 characters, no markup")
+    return broken
 
 
 def verify_better(faults, folder, tracks, root):

@@ -402,6 +402,84 @@ def test_tampered_records_are_named(copy, tamper, words):
     assert all(fault.startswith(name) and "\n" not in fault for fault in faults)
 
 
+# ---- rerun.json
+
+
+@pytest.fixture
+def rerun_json(copy):
+    """(root, record folder, a function that writes a rerun.json with changes) of an honest rerun."""
+    root, folder = copy
+    run = read_record(folder)["runs"][0]
+    honest = {
+        "date": "2026-01-03",
+        "machine": "AMD EPYC, 2 cores",
+        "walls_missing": [],
+        "val_loss": run["val_loss"] + 0.001,
+        "claimed": run["val_loss"],
+        "limit": 0.00283 * 3 * 2**0.5,
+        "seconds": 60.0,
+        "train_flops": 1.2 * run["train_flops"],
+        "claimed_train_flops": run["train_flops"],
+        "score_flops_per_token": 3e7,
+        "forward_flops_per_token": 1e7,
+        "audited_tokens": 3010,
+        "faults": [],
+    }
+
+    def write(**changes):
+        (folder / "rerun.json").write_text(json.dumps(honest | changes))
+
+    write()
+    return root, folder, write
+
+
+def test_an_honest_rerun(rerun_json):
+    """One that found a fault is told as well; it is for people to decide what follows."""
+    root, folder, write = rerun_json
+    assert faults_of(root, folder) == ""
+    write(faults=["causality: looks ahead"], forward_flops_per_token=None)
+    assert faults_of(root, folder) == ""
+    loss = read_record(folder)["runs"][0]["val_loss"]
+    fault = f"the loss is {loss + 1:.4f}, +1.0000 from the claimed one; seeds and rounding explain 0.0120"
+    write(val_loss=loss + 1, faults=[fault])
+    assert faults_of(root, folder) == ""
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"val_loss": 1.0}, "its faults lack what follows from its numbers: the loss is 1.0000"),
+        ({"train_flops": 1e15}, "its faults lack what follows from its numbers: training takes 1e+15 FLOPs"),
+        ({"score_flops_per_token": 1e9}, "its faults lack what follows from its numbers: scoring a token"),
+        ({"claimed": 3.0}, "claimed is claimed 3.0, found"),
+        ({"claimed_train_flops": 1e14}, "claimed_train_flops is claimed"),
+        ({"limit": 1.0}, "limit is claimed 1.0, found 0.0120"),
+        ({"date": "2026-01-01"}, "date is '2026-01-01', not a day from the record's own on"),
+        ({"date": "2999-01-01"}, "date is '2999-01-01', not a day"),
+        ({"date": "yesterday"}, "date is 'yesterday', not a day"),
+        ({"machine": "x |\n# Fake"}, "machine: one line"),
+        ({"faults": [1]}, "walls_missing and faults are not lines of text"),
+        ({"faults": "none"}, "faults is not a list"),
+        ({"seconds": -1.0}, "seconds is not a float or is out of range"),
+        ({"audited_tokens": True}, "audited_tokens is not a int"),
+        ({"forward_flops_per_token": "x"}, "forward_flops_per_token is not a float"),
+    ],
+)
+def test_a_rerun_that_somebody_wrote(rerun_json, changes, words):
+    """Nothing trained it: the numbers contradict the record, the rules, or each other."""
+    root, folder, write = rerun_json
+    write(**changes)
+    faults = verify.verify_record(folder, root)
+    assert any(f"rerun.json: {words}" in fault for fault in faults), faults
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"date": NaN}'])
+def test_a_rerun_that_is_damaged(rerun_json, text):
+    root, folder, _ = rerun_json
+    (folder / "rerun.json").write_text(text)
+    assert "rerun.json: damaged or incomplete" in faults_of(root, folder)
+
+
 def test_what_a_model_writes_is_not_read_as_a_claim(copy):
     """The sample in the log may look like anything, a step or a score included."""
     root, folder = copy
