@@ -37,6 +37,7 @@ RESULT = {
     "rank": "#",
     "loss": "val loss (nats per token)",
     "data": "data efficiency",
+    "look_ups": "against the baseline with look-ups",
     "what": "description",
     "date": "date",
     "by": "contributors",
@@ -69,11 +70,15 @@ TOP = {
     "track": "track",
     "loss": "val loss",
     "data": "data efficiency",
+    "look_ups": "against the baseline with look-ups",
     "what": "the best so far",
     "date": "date",
 }
 TOP_BEGIN = "<!-- top of the board: python records/leaderboard.py render -->"
 TOP_END = "<!-- end of the top -->"
+# Of a dataset, the curve of a baseline that was not trained on it.
+NOT_MEASURED = {"points": []}
+
 ELSEWHERE = "published elsewhere, not verified here"
 
 
@@ -112,6 +117,7 @@ def record_row(root, folder, record, curve, budget):
         "loss": loss_cell,
         "bpb": f"{mean('val_bpb'):.4f}",
         "data": times(efficiency),
+        "look_ups": times(data_efficiency(curve.get("with_look_ups", NOT_MEASURED), loss, budget)),
         "compute": times(compute_multiplier(curve, loss, mean("train_flops"))),
         "gap": f"{gap:+.4f}",
         "params": short(mean("parameters")),
@@ -160,10 +166,17 @@ def board_rows(root, tracks, baselines, track):
 
 
 def table(columns, rows):
-    """Lines of Markdown, one for each row, and an empty one."""
-    lines = ["| " + " | ".join(columns.values()) + " |", "|" + " --- |" * len(columns)]
+    """Lines of Markdown, one for each row, and an empty one.
+
+    The comparison with the second baseline has a column where that is measured.
+    """
+    shown = {}
+    for name, heading in columns.items():
+        if name != "look_ups" or any(row.get(name) for row in rows):
+            shown[name] = heading
+    lines = ["| " + " | ".join(shown.values()) + " |", "|" + " --- |" * len(shown)]
     for row in rows:
-        cells = [row.get(name, "") for name in columns]
+        cells = [row.get(name, "") for name in shown]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
@@ -216,6 +229,7 @@ def board_and_pictures(root):
                 "track": track,
                 "budget": tracks["datasets"][rules["dataset"]]["train_tokens"],
                 "points": baselines[rules["dataset"]]["points"],
+                "look_ups": baselines[rules["dataset"]].get("with_look_ups", NOT_MEASURED)["points"],
             }
             overtaken = [name for name in read_order(root)["overtaken"] if name.startswith(f"{track}/")]
             lines, new = track_section(track, rules["title"], rows, drawn, overtaken)

@@ -87,6 +87,10 @@ def draw_curve(data, theme):
     tokens = np.geomspace(x[0], x[-1], 200)
     ax.plot(tokens, np.interp(tokens, x, y), color=orange)
     ax.plot(x, y, "o", color=orange, label="baseline: one epoch of the plain recipe")
+    if data["look_ups"]:
+        points = sorted((p["train_tokens"] / 1e6, p["val_loss"]) for p in data["look_ups"])
+        tokens, losses = zip(*points, strict=True)
+        ax.plot(tokens, losses, "s--", color=orange, fillstyle="none", label="the same with look-up inputs")
 
     budget = data["budget"] / 1e6
     for _, loss, (ratio, _) in data["records"]:

@@ -4,7 +4,8 @@ The experiments behind the board and the notes: runs from plans, and the tables 
     python records/sweeps.py           train every run of the plans that has no log yet (hours), then as below
     python records/sweeps.py --table   read the logs alone; write the tables, baselines.json and the pictures
 
-baselines/pocket/plan.txt: the plain recipe on more and more tokens, from which data efficiency is read.
+baselines/pocket/plan.txt: the plain recipe on more and more tokens, from which data efficiency is read; also
+with look-up inputs, which shows how much of it is copying.
 ablations/pocket/plan.txt: techniques on and off, three seeds each. A title in equals signs begins a table.
 
 A line of a plan is a run: NAME, a colon, and the options that it gives to train_gpt.py. "NAME x3:" stands for
@@ -177,20 +178,38 @@ def table_head(*names):
 # ---- the baseline's curve ----------------------------------------------------------------------------------
 
 
-def write_curve():
-    """The sweep's table, and the best recipe at each number of tokens into baselines.json."""
+def write_curves():
+    """The sweep's tables, and the best recipe at each number of tokens into baselines.json: of the plain
+    baseline, and of that with look-up inputs."""
     recipes = {}
     for path in BASELINES.glob("*.log"):
         run = read_result(path)
-        # Runs of several epochs measure the spread of seeds; they are not of the curve.
+        # Runs of several epochs measure the spread of seeds; they are of no curve.
         if run["epochs"] == 1:
             name = re.sub(r"_s\d+$", "", run["name"])
             recipes.setdefault(name, []).append(run)
+    plain = {}
+    with_look_ups = {}
+    for name, runs in recipes.items():
+        runs.sort(key=lambda run: run["seed"])
+        # The first logs are of a script that had no look-ups.
+        if runs[0].get("recall"):
+            with_look_ups[name] = runs
+        else:
+            plain[name] = runs
 
+    path = HERE / "baselines.json"
+    baselines = read_json(path)
+    baselines["pocket"]["points"] = write_curve(plain, "sweep")
+    baselines["pocket"]["with_look_ups"]["points"] = write_curve(with_look_ups, "sweep with look-ups")
+    write_json(path, baselines)
+
+
+def write_curve(recipes, title):
+    """Write the table with this title. recipes: {name: runs}. Returns the points for baselines.json."""
     rows = []
     points = {}
     for name, runs in recipes.items():
-        runs.sort(key=lambda run: run["seed"])
         loss = sum(run["val_loss"] for run in runs) / len(runs)
         first = runs[0]
         tokens = first["train_tokens"]
@@ -219,13 +238,12 @@ def write_curve():
     )
     for tokens, loss, name, runs in sorted(rows, key=lambda row: row[:3]):
         lines.append(curve_row(tokens, loss, name, runs, is_best=points[tokens]["run"] == name))
+    if not rows:
+        lines = ["Not measured yet."]
     page = HERE / "baselines" / "README.md"
-    replace_between(page, "<!-- sweep: python records/sweeps.py --table -->", "<!-- end of sweep -->", lines)
-
-    path = HERE / "baselines.json"
-    baselines = read_json(path)
-    baselines["pocket"]["points"] = [points[tokens] for tokens in sorted(points)]
-    write_json(path, baselines)
+    begin = f"<!-- {title}: python records/sweeps.py --table -->"
+    replace_between(page, begin, f"<!-- end of {title} -->", lines)
+    return [points[tokens] for tokens in sorted(points)]
 
 
 def curve_row(tokens, loss, name, runs, is_best):
@@ -391,7 +409,7 @@ def main():
     try:
         if not sys.argv[1:]:
             train_missing()
-        write_curve()
+        write_curves()
         write_ablations()
     except Refused as e:
         sys.exit(f"sweeps.py: {e}")

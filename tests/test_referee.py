@@ -982,6 +982,32 @@ def test_a_record_on_the_board(copy):
     assert cost.startswith("| 1 | ") and f"| {seen} |" in cost
 
 
+def test_the_second_baseline_on_the_board(copy):
+    """Where the baseline with look-ups is measured, a column shows what a record is worth against it."""
+    root, folder = copy
+    heading = "against the baseline with look-ups"
+    text, _ = board.board_and_pictures(root)
+    assert heading not in text and heading not in "".join(board.top_of_board(root))
+    loss = reading.mean_loss(read_record(folder))
+
+    def measure(baselines):
+        baselines["pocket"]["with_look_ups"]["points"] = [
+            {"train_tokens": n, "val_loss": value} for n, value in ((10_000, loss + 1), (40_000, loss - 1))
+        ]
+
+    edit(root / "records" / "baselines.json", measure)
+    text, pictures = board.board_and_pictures(root)
+    # Halfway between the two points: 25,000 tokens, of a budget of 20,000.
+    [row] = rows_with(text, "The tiny recipe")
+    at = text.split("### pocket")[1].splitlines()[4].split(" | ").index(heading)
+    assert row.split(" | ")[at] == "1.25x"
+    assert heading in board.top_of_board(root)[0]
+    draw, data, theme = pictures["records/pictures/pocket_curve_light.svg"]
+    [axes] = draw(data, theme).axes
+    [line] = [line for line in axes.lines if "look-up" in line.get_label()]
+    assert list(line.get_ydata()) == [loss + 1, loss - 1]
+
+
 def test_tracks_without_a_record_on_the_board(copy):
     """Those with results published elsewhere share a table, and the others have a line each."""
     root, folder = copy
