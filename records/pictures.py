@@ -114,5 +114,9 @@ def draw_curve(data, theme):
 
 
 def save_picture(path, fig, digest):
+    import matplotlib.pyplot as plt
+
     path.parent.mkdir(exist_ok=True)
     fig.savefig(path, transparent=True, metadata={"Date": None, "Description": f"drawn from {digest}"})
+    # Figures that stay open take memory.
+    plt.close(fig)

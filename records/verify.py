@@ -737,20 +737,35 @@ def verify_cost(expect, log, run, dataset):
         one = size.parameters
         right = run["parameters"] >= one or bool(log.config.get("student"))
         expect(right, "parameters of the first model", f"{one:,}", f"{run['parameters']:,} in record.json")
+    # A student is scored alone, and may be smaller than the model that the config tells of.
+    least = 0 if log.config.get("student") else plain_weights(log.config, dataset["vocab_size"]) / 3
+    claimed = run["parameters"]
+    expect(
+        claimed >= least,
+        f"{claimed:,} parameters are claimed, but a model of these sizes has {least:,.0f} or more",
+    )
 
 
-def least_flops(config, vocab_size, tokens_seen):
-    """A third of what training a plain transformer of these sizes takes (6 per weight and position); 0 where
-    the config does not tell them. Shared or sparse weights may take less than the plain way, but not so much
-    less."""
+def plain_weights(config, vocab_size):
+    """Weights of a plain transformer of the config's sizes; 0 where it does not tell them.
+
+    verify asks for a third: shared or sparse weights may take less than the plain way, but not so much less.
+    """
     try:
         width = config["n_embd"]
         layer = 4 * width * width + 3 * width * config["mlp_hidden"]
-        weights = config["n_layer"] * layer + vocab_size * width
-        positions = tokens_seen / config.get("bag_size", 1)
-        return float(6 * weights * positions / 3)
-    except (KeyError, TypeError, OverflowError, ZeroDivisionError):
+        return float(config["n_layer"] * layer + vocab_size * width)
+    except (KeyError, TypeError, OverflowError):
         return 0.0
+
+
+def least_flops(config, vocab_size, tokens_seen):
+    """A third of what training a plain transformer of these sizes takes: 6 per weight and position."""
+    try:
+        positions = tokens_seen / config.get("bag_size", 1)
+    except (TypeError, ZeroDivisionError):
+        return 0.0
+    return 6 * plain_weights(config, vocab_size) * positions / 3
 
 
 def verify_evaluations(expect, log, run):

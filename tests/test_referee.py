@@ -294,6 +294,13 @@ def no_flops(root, folder):
     edit_run(train_flops=1.0)(root, folder)
 
 
+def one_parameter(root, folder):
+    """Of the record and of the log alike."""
+    told = reading.read_log(folder / "log.txt").of(reading.Size)[0].parameters
+    replace(folder / "log.txt", f" {told:,} parameters".encode(), b" 1 parameters")
+    edit_run(parameters=1)(root, folder)
+
+
 def far_from_validation(root, folder):
     edit_array(lambda a: a / 2, "test_nll.npy")(root, folder)
     edit_run(test_loss=read_record(folder)["runs"][0]["test_loss"] / 2)(root, folder)
@@ -355,8 +362,10 @@ def no_note(root, folder):
         (other_recipe, ["log_2.txt: another recipe than log.txt has: weight_decay"]),
         (too_few_seeds, ["number of runs is claimed 2, found 3 seeds are asked for"]),
         (edit_run(train_flops=1.0), ["log.txt: training FLOPs is claimed"]),
+        (edit_run(train_flops=2e14), ["record.json: train_flops is claimed 2", "found a limit of 1"]),
         (no_flops, ["training FLOPs are claimed 1, but a model of these sizes takes"]),
         (edit_run(parameters=1), ["parameters of the first model is claimed 46,023, found 1"]),
+        (one_parameter, ["1 parameters are claimed, but a model of these sizes has 11,"]),
         (edit_run(train_seconds=1e-4), ["no machine of", "is as fast"]),
         (edit_run(compile_seconds=3600.0), ["3600 s of compilation, 1800 are the most"]),
         (edit_run(compile_seconds=60.0), ["compile seconds is claimed 0.0, found 60.0"]),
@@ -478,6 +487,126 @@ def test_a_rerun_that_is_damaged(rerun_json, text):
     root, folder, _ = rerun_json
     (folder / "rerun.json").write_text(text)
     assert "rerun.json: damaged or incomplete" in faults_of(root, folder)
+
+
+def test_a_record_that_is_scaled_as_a_whole(rerun_json):
+    """Every array and number by 0.96: the files agree, so verify alone cannot see it. The rerun does."""
+    root, folder, write = rerun_json
+    honest = read_record(folder)["runs"][0]["val_loss"]
+    (folder / "rerun.json").unlink()
+
+    def scale(record):
+        for run in record["runs"]:
+            for name in ("val_loss", "val_bpb", "test_loss"):
+                run[name] *= 0.96
+
+    edit(folder / "record.json", scale)
+    for path in folder.glob("*.npy"):
+        np.save(path, 0.96 * np.load(path))
+    for run in read_record(folder)["runs"]:
+        score = b"val_loss %.6f nats per token, %.6f bits per byte," % (run["val_loss"], run["val_bpb"])
+        edit_lines(
+            folder / run["log"],
+            lambda lines, score=score: [
+                re.sub(rb"^val_loss [0-9.]+ nats per token, [0-9.]+ bits per byte,", score, line)
+                for line in lines
+            ],
+        )
+    assert faults_of(root, folder) == ""
+    write(claimed=read_record(folder)["runs"][0]["val_loss"], val_loss=honest)
+    assert "its faults lack what follows from its numbers: the loss is" in faults_of(root, folder)
+
+
+# ---- what is unusual, and honest
+
+
+def saved_by_another_numpy(root, folder):
+    """Whose files have a header of a later version."""
+    sums = np.load(folder / "val_nll.npy")
+    with open(folder / "val_nll.npy", "wb") as f:
+        np.lib.format.write_array(f, sums, version=(3, 0))
+
+
+def seeds_of_two_machines(root, folder):
+    def change(record):
+        record["runs"][1]["hardware"] = "Another CPU, 64 cores"
+
+    edit(folder / "record.json", change)
+    edit_lines(
+        folder / "log_2.txt",
+        lambda lines: [
+            re.sub(rb"^hardware: .*; 1 rank", b"hardware: Another CPU, 64 cores; 1 rank", line)
+            for line in lines
+        ],
+    )
+
+
+def data_elsewhere(root, folder):
+    edit_lines(
+        folder / "log_2.txt",
+        lambda lines: [re.sub(rb'"data": "[^"]*"', b'"data": "/elsewhere/pocket"', line) for line in lines],
+    )
+
+
+def resumed_elsewhere(root, folder):
+    """A run that was killed says its machine again when it goes on."""
+
+    def change(lines):
+        at = next(i for i, line in enumerate(lines) if line.startswith(b"step 5/"))
+        machine = next(line for line in lines if line.startswith(b"hardware: "))
+        first = re.sub(rb"hardware: .*;", b"hardware: Another CPU, 1 cores;", machine)
+        lines[lines.index(machine)] = first
+        return [*lines[:at], b"resumed at step 4 of model 1\n", machine, *lines[at:]]
+
+    edit_lines(folder / "log.txt", change)
+
+
+def no_evaluations(root, folder):
+    """A script need not look at validation before the end."""
+    edit_lines(
+        folder / "log.txt",
+        lambda lines: [line for line in lines if not line.startswith((b"eval ", b"probe "))],
+    )
+
+
+def other_options(root, folder):
+    """A model of another kind has no sizes that verify knows."""
+    for name in ("log.txt", "log_2.txt"):
+        edit_lines(
+            folder / name,
+            lambda lines: [
+                re.sub(rb'"(n_embd|n_layer|epochs|members)":', rb'"my_\1":', line) for line in lines
+            ],
+        )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        saved_by_another_numpy,
+        seeds_of_two_machines,
+        data_elsewhere,
+        resumed_elsewhere,
+        no_evaluations,
+        other_options,
+    ],
+)
+def test_what_is_unusual_and_honest_verifies(copy, change):
+    root, folder = copy
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    change(root, folder)
+    assert before != {path: path.read_bytes() for path in folder.iterdir()}
+    assert faults_of(root, folder) == ""
+
+
+def test_noise_of_a_gpu_makes_no_other_verdict():
+    """Of 0.003 nats a token, independent: a run scored again is neither better nor worse than itself."""
+    rng = np.random.default_rng(0)
+    text = rng.normal(1000, 100, 400)
+    again = text + rng.normal(0, 0.003 * 1000**0.5, 400)
+    dataset = reading.read_tracks()["datasets"]["pocket"]
+    scores = [(sums, np.array([sums.sum() / 399_999]), 399_999) for sums in (text, again)]
+    assert compare.compare_scores(*scores, dataset)["p"] > 0.9
 
 
 def test_what_a_model_writes_is_not_read_as_a_claim(copy):
@@ -713,6 +842,21 @@ def test_records_that_were_merged_in_the_same_hours(copy):
     assert [name.name for name, _ in reading.all_records(root, "pocket")] == ["2026-01-02_tiny"]
     page = (root / "README.md").read_text()
     assert "merged first: [pocket/2026-01-02_second]" in page and "| 2 |" not in page
+
+
+def test_two_records_of_one_second(copy):
+    """Neither comes before the other by its time, so its name decides, and the other has to beat it."""
+    root, folder = copy
+    second = folder.with_name("2026-01-02_tiny-too")
+    shutil.copytree(folder, second)
+    assert verify.verify_record(folder, root) == []
+    [fault] = verify.verify_record(second, root)
+    assert "does not beat 2026-01-02_tiny at p" in fault
+    render(root)
+    assert reading.read_order(root) == {
+        "merged": {"pocket": ["2026-01-02_tiny"]},
+        "overtaken": ["pocket/2026-01-02_tiny-too"],
+    }
 
 
 @pytest.mark.parametrize(
@@ -968,6 +1112,15 @@ def test_render_is_stable_and_notices_what_is_stale(copy):
 
     edit(root / "records" / "baselines.json", change)
     assert set(render(root)) >= set(pictures[:2])
+
+
+def test_pictures_of_another_matplotlib_are_not_stale(copy):
+    """Its paths differ. What a picture was drawn from is what counts."""
+    root, _ = copy
+    render(root)
+    for path in (root / "records" / "pictures").glob("*.svg"):
+        path.write_text(path.read_text().replace("<path ", '<path data-version="2" '))
+    assert render(root) == []
 
 
 def test_a_record_on_the_board(copy):
