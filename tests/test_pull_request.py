@@ -105,6 +105,13 @@ def test_what_a_record_may_not_touch(branch, path, words):
     assert_refused(branch, words)
 
 
+def test_a_rerun_without_a_record(branch):
+    """Nobody but the referee says that a standing record was reproduced."""
+    shutil.rmtree(branch.folder / RECORD)
+    branch.write("records/pocket/2026-01-01_standing/rerun.json", "{}")
+    assert_refused(branch, "belongs to a record that already stands")
+
+
 def test_a_removed_file(branch):
     (branch.folder / "README.md").unlink()
     assert_refused(branch, "README.md: a record's pull request changes")
