@@ -3,19 +3,21 @@ Black-box audit of a scorer: does each probability depend on the strict prefix a
 
     python records/audit.py runs/NAME
     python records/audit.py --command 'python my_scorer.py {tokens} {nll}' --track pocket [--claimed NLL.npy]
+    python records/audit.py --command '...' --val SHARD --vocab_size V [--unseen SHARD]
 
 The scorer is any command that reads {tokens}, a shard (one stream) or a .npy of uint16 [n_streams, length]
 (independent streams), and writes {nll}, a float .npy of the same shape: each token's negative log-likelihood
 in nats, 0 for the first token of a stream. For a run it is the --score of the script in the run's own log, so
 that code is run here. The audit looks at nothing but these files, draws new tests every time (--seed repeats
 them), and prints one line for each check with its figure and its limit. Exit status: 0 if all checks hold, 1
-if one does not, 2 for a mistake on the command line.
+if one does not, 2 for a mistake on the command line. audit.md shows how to audit another project's scorer.
 """
 
 import argparse
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,7 +87,7 @@ def run_limited(command, seconds):
 
 
 class Scorer:
-    """A command with {tokens} and {nll} in it, as a function of token ids. Each call uses new file names."""
+    """A command with {tokens} and {nll} in it, as a function of token ids. Each call has its own folder."""
 
     def __init__(self, command, folder, seconds):
         self.command = command
@@ -98,22 +100,25 @@ class Scorer:
         """NLL in nats, float64, in the shape of tokens: [n], sent as a shard, or [n_streams, length]."""
         self.calls += 1
         self.tokens += tokens.size
-        name = os.urandom(6).hex()
-        output = self.folder / f"{name}_out.npy"
+        folder = self.folder / os.urandom(6).hex()
+        folder.mkdir()
+        output = folder / "nll.npy"
         if tokens.ndim == 1:
-            sent = self.folder / f"{name}.bin"
+            sent = folder / "tokens.bin"
             write_shard(sent, tokens)
         else:
-            sent = self.folder / f"{name}.npy"
+            sent = folder / "tokens.npy"
             np.save(sent, tokens.astype(np.uint16))
         self.run(sent, output, tokens)
         try:
             nll = read_npy(output, 8 * tokens.size + 4096)
         except ValueError as e:
             raise Broken(f"its output cannot be read ({e})")
+        if tokens.ndim == 1 and nll.shape == (1, len(tokens)):
+            # Many scorers keep a shard as a batch of one stream.
+            nll = nll[0]
         check_nll(nll, tokens)
-        sent.unlink()
-        output.unlink()
+        shutil.rmtree(folder)
         return nll.astype(np.float64)
 
     def run(self, sent, output, tokens):
@@ -121,13 +126,17 @@ class Scorer:
         for word in self.command:
             words.append(word.replace("{tokens}", str(sent)).replace("{nll}", str(output)))
         try:
-            status, last = run_limited(words, self.seconds)
+            status, last = self.start(words, sent.parent)
         except OSError as e:
             raise Broken(f"{words[0]}: {e.strerror}")
         if status is None:
             raise Broken(f"took longer than {self.seconds:,} s for {tokens.size:,} tokens")
         if status != 0:
             raise Broken(f"exit status {status} for {list(tokens.shape)} tokens: {last}")
+
+    def start(self, words, folder):
+        """Run a command that writes into this folder. Returns what run_limited() does."""
+        return run_limited(words, self.seconds)
 
 
 def check_nll(nll, tokens):
@@ -150,9 +159,10 @@ def check_nll(nll, tokens):
 # Two scores of the same token may differ by rounding: in another batch, kernels add in another order. A logit
 # of 15 in bf16 is exact to 2**-8 of itself, 0.06; the softmax's mean over them is far steadier. So a single
 # token may move by TOKEN nats, the absolute differences may average MEAN, and a sum of probabilities may be
-# off by SUM.
+# off by SUM. MEAN leaves room for a GPU whose scores have a noise of 0.003 nats: two scores then differ by
+# 0.0034 on average.
 TOKEN = 0.15
-MEAN = 0.003
+MEAN = 0.005
 SUM = 0.02
 
 # In noise, a fair scorer exceeds this much evidence with a probability of at most 1e-6 (Markov).
@@ -163,18 +173,26 @@ class Audit:
     """The checks of one scorer.
 
     val: the track's validation stream, uint16 [n]. claimed: the content of the val_nll.npy that the scorer
-    must reproduce. part: use only a random part of the stream, of about so many tokens. All checks draw from
-    rng.
+    must reproduce. part: use only a random part of the stream, of about so many tokens. budget and beyond:
+    the tokens that a run may train on, and those that follow them in train.bin, uint16. Without the latter,
+    there is no tail check. All checks draw from rng.
     """
 
-    def __init__(self, score, val, vocab_size, rng, claimed=None, part=None, show=print):
+    def __init__(
+        self, score, val, vocab_size, rng, claimed=None, part=None, show=print, budget=(), beyond=()
+    ):
         self.score = score
         self.val = np.asarray(val)
         self.V = vocab_size
         self.rng = rng
         self.claimed = claimed
         self.show = show
+        self.budget = np.asarray(budget)
+        self.beyond = np.asarray(beyond)
         self.faults = []
+
+        # The NLL of `text`, once it is scored.
+        self.nll = None
 
         # `text` is the longest stream that is scored; it begins at token `at` of validation.
         part = (part or 0) // BLOCK * BLOCK
@@ -200,11 +218,14 @@ class Audit:
             self.show(f"FAULT {name:<15} {figure}")
             self.faults.append(f"{name}: {figure}")
 
-    def rows(self, n, length=None):
-        """n random pieces of the validation text, [n, length]."""
-        length = length or self.length
+    def places(self, n, length):
+        """Where n random pieces of the validation text have their tokens, [n, length]."""
         starts = self.rng.integers(len(self.text) - length + 1, size=n)
-        return np.stack([self.text[i : i + length] for i in starts])
+        return starts[:, None] + np.arange(length)
+
+    def rows(self, n, length):
+        """n random pieces of the validation text, [n, length]."""
+        return self.text[self.places(n, length)]
 
     def noise(self, *shape):
         return self.rng.integers(self.V, size=shape).astype(np.uint16)
@@ -223,7 +244,7 @@ class Audit:
 
     def fair(self, name, nll):
         """nll [rows, n] of tokens drawn uniformly from the vocabulary: no fair scorer gains on them."""
-        evidence, where = noise_evidence(nll, self.V)
+        evidence, where = evidence_against(self.V * np.exp(-nll))
         self.report(
             name,
             evidence <= EVIDENCE,
@@ -234,8 +255,11 @@ class Audit:
     def run(self):
         """All checks, the cheapest first. Returns the faults, one line each."""
         try:
-            base = self.rows(16)
+            places = self.places(16, self.length)
+            base = self.text[places]
             nll = self.score(base)
+            # Late cuts fall behind tokens that are hard in short rows: there, a look ahead is worth most.
+            self.hard = 1 + places[nll >= 1]
             self.determinism(base, nll)
             self.causality(base, nll)
             self.normalization()
@@ -276,18 +300,22 @@ class Audit:
         source = self.rng.integers(n, size=len(cuts))
         texts = len(cuts) // 2
         other = np.concatenate([self.rows(texts, length), self.noise(len(cuts) - texts, length)])
-        cut = base[source]
-        for row, p, replacement in zip(cut, cuts, self.rng.permutation(other)):
-            old = row[p]
-            row[p:] = replacement[p:]
-            if row[p] == old:
-                row[p] = (old + 1) % self.V
-        moved = self.score(cut) - nll[source]
+        changed = []
+        for row, p, replacement in zip(base[source], cuts, self.rng.permutation(other)):
+            changed.append(self.branch(row, p, replacement[p:]))
+        moved = self.score(np.stack(changed)) - nll[source]
         before += [row[:p] for row, p in zip(moved, cuts)]
 
         futures = f"{n + len(cuts)} changed futures ({len(window_ends)} window ends seen)"
         self.alike("causality", np.concatenate([part[-4:] for part in before]), f"{futures} just behind")
         self.alike("causality, far", np.concatenate([part[:-4] for part in before]), futures)
+
+    def branch(self, stream, cut, future):
+        """The stream up to the cut, then this future, its first token changed where it is no change."""
+        changed = np.concatenate([stream[:cut], future])
+        if changed[cut] == stream[cut]:
+            changed[cut] = (changed[cut] + 1) % self.V
+        return changed
 
     def cuts(self, window_ends, length):
         """Where to cut rows of this length: at and just behind the ends of windows, and anywhere."""
@@ -351,118 +379,247 @@ class Audit:
         return [(np.exp(-nll[i, :, p]).sum(), int(p)) for i, p in enumerate(ends)]
 
     def sums_over_likely_tokens(self):
-        """The same after three long prefixes.
+        """The same after three long prefixes, for the 64 likeliest tokens: their sum is at most one.
 
-        Here the tokens that are most frequent in the text stand for a large vocabulary: the sum of their
-        probabilities is at most one.
+        These are the tokens that follow the prefix's last token most often in the text.
         """
         p = int(self.rng.integers(self.length // 3, self.length))
         prefixes = self.rows(3, p + 1)
-        frequent = np.argsort(-np.bincount(self.text, minlength=self.V))[:257]
-        likely = np.unique([*frequent, *prefixes[:, p]])
-        rows = np.repeat(prefixes, len(likely), axis=0)
-        rows[:, p] = np.tile(likely, 3)
+        likely = []
+        for prefix in prefixes:
+            followers = self.text[1:][self.text[:-1] == prefix[p - 1]]
+            likely.append(np.argsort(-np.bincount(followers, minlength=self.V))[:64])
+        rows = np.repeat(prefixes, len(likely[0]), axis=0)
+        rows[:, p] = np.concatenate(likely)
         sums = np.exp(-self.score(rows)[:, p]).reshape(3, -1).sum(1)
-        if len(likely) < self.V:
-            sums = np.maximum(1.0, sums)
-        return [(total, p) for total in sums]
+        return [(total, p) for total in np.maximum(1.0, sums)]
 
     def long_streams(self):
-        """Streams up to the validation's own length; the first is that itself, sent as a shard.
+        """Streams as long as the validation stream: no scorer can tell them from it by their length.
 
-        A scorer that behaves on short rows only, or that knows the validation stream when it meets it, shows
-        here.
+        The first is the validation stream itself, sent as a shard. Each of the others serves a check of its
+        own. Three of them are equal to an earlier one up to a cut, late in the stream: there, what follows
+        must not move the tokens before it. After the cut the streams differ, so each has one cut only.
         """
         nll = self.score(self.text)
+        self.nll = nll
         if self.claimed is not None:
             self.reproduction(nll)
-        self.spliced(nll)
-        self.likely_tokens()
-        self.beginning(nll)
-        n = len(self.text)
-        length = int(self.rng.integers(min(3000, n // 8) // 2, n // 8 + 1))
+        moved = [self.noise_from_a_cut(nll)]
+        before, first_sum = self.tail_from_a_cut(nll)
+        moved.append(before)
+        stream, other_nll = self.beginning(nll)
+        before, second_sum = self.jumps_from_a_cut(stream, other_nll)
+        moved.append(before)
+        cuts = ", ".join(f"{len(before):,}" for before in moved)
+        just_before = np.stack([before[-32:] for before in moved])
+        self.alike("late cuts", just_before, f"what follows the cuts at tokens {cuts}")
+        long_before = np.concatenate([before[:-32] for before in moved])
+        self.alike("recognition", long_before, "the same, from the beginning of the streams on,")
+        total = max(first_sum, second_sum)
+        self.report(
+            "late sums",
+            total <= 1 + SUM,
+            f"the probabilities of two likely tokens at each of the last two cuts sum to {total:.4f} at most "
+            f"(limit {1 + SUM})",
+        )
+        length = int(self.rng.integers(min(3000, len(self.text) // 8) // 2, len(self.text) // 8 + 1))
         self.fair("noise, alone", self.score(self.noise(length))[None, 1:])
 
-    def spliced(self, nll):
-        """One stream for three tests: the text as it is, then text with some noise in it, then noise alone.
+    def hard_cut(self, low, high):
+        """A random cut in this part of the text, behind a hard token if there is one."""
+        hard = self.hard[(self.hard >= low) & (self.hard < high)]
+        return int(self.rng.choice(hard if len(hard) > 0 else np.arange(low, high)))
+
+    def fork(self, stream, nll, low, high):
+        """A place in this part of a stream where two tokens share nearly all of the probability.
+
+        Returns the place and the token that the stream does not have there. Short rows tell: some places
+        that are neither certain nor hopeless are scored with 8 other tokens each. In a long stream, too, the
+        probabilities of the two add up to at most one.
+        """
+        places = np.arange(low, high)
+        p = np.exp(-nll[places])
+        if np.count_nonzero((p > 0.2) & (p < 0.8)) >= 48:
+            places = places[(p > 0.2) & (p < 0.8)]
+        places = self.rng.choice(places, size=48, replace=False)
+        length = min(256, self.length)
+        before = np.roll(stream, 1)
+        two_before = np.roll(stream, 2)
+        rows = []
+        for place in places:
+            after_one = before == before[place]
+            after_two = after_one & (two_before == two_before[place])
+            times = len(stream) * np.bincount(stream[after_two], minlength=self.V)
+            times += np.bincount(stream[after_one], minlength=self.V)
+            times[stream[place]] = -1
+            tokens = [stream[place], *np.argsort(-times)[:8]]
+            of_place = np.tile(stream[place - length + 1 : place + 1], (len(tokens), 1))
+            of_place[:, -1] = tokens
+            rows.append(of_place)
+        rows = np.stack(rows)
+        p = np.exp(-self.score(rows.reshape(-1, length))[:, -1]).reshape(rows.shape[:2])
+        best = np.argmax(p[:, 0] + p[:, 1:].max(1))
+        return int(places[best]), rows[best, 1 + np.argmax(p[best, 1:]), -1]
+
+    def noise_from_a_cut(self, nll):
+        """Text, then noise alone, then text with some noise in it. Returns what moved before the noise.
 
         It is sent as a row, in case the scorer knows shards.
         """
         n = len(self.text)
-        first = int(self.rng.integers(n // 8, n // 2))
-        pure = int(self.rng.integers(n // 2, 3 * n // 4))
-        at = first + np.flatnonzero(self.rng.random(pure - first) < 0.03)
-        mixed = self.text.copy()
-        mixed[at] = self.noise(len(at))
-        mixed[pure:] = self.noise(n - pure)
-        got = self.score(mixed[None])[0]
-        difference = got[:first] - nll[:first]
-        self.alike("recognition", difference, f"noise from token {first:,} on, in the whole stream,")
-        self.fair("noise, spliced", got[at][None])
-        self.fair("noise, long", got[pure:][None])
+        cut = self.hard_cut(n // 2, 3 * n // 4)
+        pure = (n - cut) // 2
+        future = self.text[cut:].copy()
+        noisy = self.rng.random(n - cut) < 0.05
+        noisy[:pure] = True
+        future[noisy] = self.noise(noisy.sum())
+        got = self.score(self.branch(self.text, cut, future)[None])[0]
+        # The first token is no draw from all tokens: it had to be a change.
+        self.fair("noise, long", got[cut + 1 : cut + pure][None])
+        spliced = cut + pure + np.flatnonzero(noisy[pure:])
+        self.fair("noise, spliced", got[spliced][None])
+        return got[:cut] - nll[:cut]
+
+    def tail_from_a_cut(self, nll):
+        """Validation text, then text that no run may know.
+
+        Returns what moved before the cut, and the sum of the probabilities of both tokens there.
+
+        That text is what follows the training budget in train.bin, from the beginning of a document on. Both
+        are drawn from the same shuffled documents. So a scorer is as good on one as on the other, unless it
+        has seen one of them. Where train.bin has no such text, other places of validation follow the cut.
+        """
+        n = len(self.text)
+        cut, first = self.fork(self.text, nll, n // 4, n // 2)
+        begins = np.flatnonzero(self.beyond == self.val[0])
+        begins = begins[begins <= len(self.beyond) - (n - cut)]
+        if len(begins) > 0:
+            begin = int(self.rng.choice(begins))
+            future = self.beyond[begin : begin + n - cut]
+        else:
+            future = np.roll(self.text, self.rng.integers(1, n))[cut:]
+        stream = np.concatenate([self.text[:cut], [first], future[1:]])
+        got = self.score(stream)
+        if len(begins) > 0:
+            self.tail(nll, got[cut:], reference_nll(self.budget, stream, self.V)[:, cut:])
+        else:
+            needed = f"{n - cut:,} consecutive tokens that the scorer cannot know"
+            self.show(f"skip  {'tail':<15} needs {needed}, past the budget in train.bin")
+        return got[:cut] - nll[:cut], np.exp(-got[cut]) + np.exp(-nll[cut])
+
+    def tail(self, nll, unseen_nll, unseen_reference):
+        """Is the scorer as good on unseen text as on validation? A reference tells how hard each is.
+
+        nll: of the text. unseen_nll, unseen_reference: of unseen text, [n] and [2, n]. Each token is compared
+        with the validation tokens that are as hard for the reference.
+        """
+        reference = reference_nll(self.budget, self.text, self.V)
+        cells, unseen_cells = cells_of(reference, unseen_reference)
+        expected = np.bincount(cells, nll) / np.maximum(1, np.bincount(cells))
+        residual = nll - expected[cells]
+        unseen_residual = unseen_nll - expected[unseen_cells]
+        gap = unseen_residual.mean()
+
+        # Documents differ, so the standard error is that of the means of long pieces.
+        n = len(nll)
+        variance = 0
+        for part in (residual, unseen_residual):
+            means = part[: len(part) // (n // 40) * (n // 40)].reshape(-1, n // 40).mean(1)
+            variance += means.var(ddof=1) / len(means)
+        limit = 20_000 / n + 6 * math.sqrt(variance)
+        self.report(
+            "tail",
+            abs(gap) <= limit,
+            f"{len(unseen_nll):,} tokens past the training budget cost {gap:+.3f} nats more than "
+            f"validation tokens that are as hard for a reference scorer (limit {limit:.2g})",
+        )
 
     def beginning(self, nll):
-        """Another text in the first tokens of a stream must not move what is scored long after them."""
+        """Another text in the first tokens of a stream must not move what is scored long after them.
+
+        Returns that stream and its NLL.
+        """
         n = len(self.text)
-        length = min(n, max(n // 8, 20_000))
-        replaced = min(500, length // 8)
-        other = self.text[:length].copy()
+        replaced = min(500, n // 8)
+        other = self.text.copy()
         other[:replaced] = self.rows(1, replaced)[0]
-        shift = (self.score(other) - nll[:length])[length // 4 :]
+        got = self.score(other)
+        shift = (got - nll)[n // 4 :]
         shift = shift[: len(shift) // 10 * 10].reshape(10, -1).mean(1)
         mean = shift.mean()
         limit = 0.005 + 4 * shift.std(ddof=1) / math.sqrt(10)
         self.report(
             "beginning",
             abs(mean) <= limit,
-            f"another text in the first {replaced} tokens moved the mean of those from {length // 4:,} on by "
+            f"another text in the first {replaced} tokens moved the mean of those from {n // 4:,} on by "
             f"{mean:+.2g} nats (limit {limit:.2g})",
         )
+        return other, got
 
-    def likely_tokens(self):
-        """Text in which about every eighth token is drawn again, from a distribution q that is known.
+    def jumps_from_a_cut(self, stream, nll):
+        """The stream up to a cut, then pieces of its text.
 
-        It is the token that was there (0.2), one that elsewhere follows the same two tokens (0.3) or the same
-        one (0.3), or any token (0.2). Whatever came before, E[p / q] = 1 for a normalized scorer. One that
-        raises the probability of what is likely anyway, which noise seldom hits, gains here.
+        Returns what moved before the cut, and the sum of the probabilities of both tokens there.
+
+        Where a piece ends, the next token is drawn from a distribution q that is known, and the text goes on
+        from there. It is the token that came next in the text, with about the probability that the scorer
+        gave it, or one that elsewhere follows the same two tokens (half of the rest), the same one (0.3 of
+        it), or anything (0.2). Whatever came before, E[p / q] = 1 for a causal and normalized scorer. One
+        that raises the probability of what is likely anyway, which noise seldom hits, gains here. So does one
+        that looks ahead: what follows the drawn token gives it away.
         """
-        share_same, share_two, share_one, share_any = (0.2, 0.3, 0.3, 0.2)
-        text = self.text.astype(np.int64)
+        text = stream.astype(np.int64)
         n = len(text)
-        at = 2 + np.flatnonzero(self.rng.random(n - 2) < 0.2)
-        at = at[np.diff(at, prepend=-3) > 2]
+        cut, first = self.fork(stream, nll, n // 2, 3 * n // 4)
+        share = np.clip(np.exp(-nll), 0.05, 0.9)
+        weights = (0.5, 0.3, 0.2)
+        contexts = [np.roll(text, 2) * self.V + np.roll(text, 1), np.roll(text, 1), np.zeros_like(text)]
+        order = [np.argsort(context, kind="stable") for context in contexts]
+        ranges = [occurrences(context[o], context) for context, o in zip(contexts, order)]
 
-        # What precedes each token of the text: two tokens, as one number, or one.
-        two_before = np.append([-1, -1], text[:-2] * self.V + text[1:-1])
-        one_before = np.append([-1], text[:-1])
-        after_two, times_two = self.followers(text, two_before, at)
-        after_one, times_one = self.followers(text, one_before, at)
-        which = self.rng.choice(4, size=len(at), p=(share_same, share_two, share_one, share_any))
-        anything = self.rng.integers(self.V, size=len(at))
-        drawn = np.choose(which, [text[at], after_two, after_one, anything])
+        lengths = self.rng.integers(8, 40, size=(n - cut) // 8 + 1)
+        lengths = lengths[: np.searchsorted(np.cumsum(lengths), n - cut) + 1]
+        goes_on = self.rng.random(len(lengths))
+        which = self.rng.choice(len(contexts), size=len(lengths), p=weights)
+        among = self.rng.random(len(lengths))
+        starts = [int(self.rng.integers(n))]
+        ends = []
+        for i, length in enumerate(lengths):
+            end = (starts[-1] + int(length)) % n
+            ends.append(end)
+            if goes_on[i] < share[end]:
+                starts.append(end)
+            else:
+                low, high = ranges[which[i]]
+                rank = low[end] + int(among[i] * (high[end] - low[end]))
+                starts.append(int(order[which[i]][rank]))
+        pieces = [text[np.arange(start, start + length) % n] for start, length in zip(starts, lengths)]
+        future = np.concatenate(pieces)[: n - cut].astype(stream.dtype)
+        future[0] = first
 
-        q = share_same * (drawn == text[at]) + share_any / self.V
-        for before, times, share in ((two_before, times_two, share_two), (one_before, times_one, share_one)):
-            pairs = np.sort(before * self.V + text)
-            low, high = occurrences(pairs, before[at] * self.V + drawn)
-            q += share * (high - low) / times
+        # The last piece is cut off, and no token was drawn where it ends.
+        ends = np.array(ends[:-1])
+        drawn = text[starts[1:-1]]
+        at = cut + np.cumsum(lengths[:-1])
+        elsewhere = 0
+        for weight, context, (low, high) in zip(weights, contexts, ranges):
+            pairs = np.sort(context * self.V + text)
+            of_pair, beyond_it = occurrences(pairs, context[ends] * self.V + drawn)
+            elsewhere += weight * (beyond_it - of_pair) / (high - low)[ends]
+        q = share[ends] * (drawn == text[ends]) + (1 - share[ends]) * elsewhere
 
-        changed = self.text.copy()
-        changed[at] = drawn
-        p = np.exp(-self.score(changed)[at])
-        evidence = log_mean_exp(bets_on(p / q))
+        got = self.score(np.concatenate([stream[:cut], future]))
+        ratio = np.ones(n)
+        ratio[at] = np.exp(-got[at]) / q
+        evidence, where = evidence_against(ratio[None])
         self.report(
-            "likely tokens",
+            "jumps",
             evidence <= EVIDENCE,
-            f"{len(at):,} tokens drawn from what is likely: evidence of {evidence:.1f} nats against a fair "
-            f"scorer (limit {EVIDENCE:.1f})",
+            f"{len(at):,} tokens drawn from what is likely, with text that goes on from them: evidence of "
+            f"{evidence:.1f} nats against a fair scorer{where} (limit {EVIDENCE:.1f})",
         )
-
-    def followers(self, text, before, at):
-        """For each place in `at`: a random token that somewhere follows the same context, how many do."""
-        order = np.argsort(before, kind="stable")
-        low, high = occurrences(before[order], before[at])
-        return text[order[self.rng.integers(low, high)]], high - low
+        return got[:cut] - nll[:cut], np.exp(-got[cut]) + np.exp(-nll[cut])
 
     def reproduction(self, nll):
         """val_nll.npy against the scorer's own NLL.
@@ -511,6 +668,71 @@ def log_mean_exp(x):
     return float(top + np.log(np.mean(np.exp(x - top))))
 
 
+def reference_nll(budget, stream, vocab_size):
+    """The NLL of a stream under two simple scorers that know the training budget: [2, n] in nats.
+
+    Both blend the counts of n-grams, each order discounted in favor of the next shorter one (Kneser and Ney,
+    1995). The first counts in the budget alone, the second in what came before in the stream, too.
+    """
+    tokens = np.concatenate([budget, stream]).astype(np.uint64) + np.uint64(1)
+    n = len(tokens)
+    counted = np.stack([np.arange(n) < len(budget), np.ones(n, dtype=bool)])
+    p = np.full((2, n), 1 / vocab_size)
+    # A context is known by a hash: a polynomial modulo 2**64.
+    context = np.zeros(n, dtype=np.uint64)
+    reach = 0
+    discount = 0.6
+    for order in (0, 1, 2, 3, 4, 6, 8, 12, 20):
+        while reach < order:
+            reach += 1
+            context = context * np.uint64(0x9E3779B97F4A7C15) + np.roll(tokens, reach)
+        [times] = earlier(context * np.uint64(0xBF58476D1CE4E5B9) + tokens, counted)
+        contexts, kinds = earlier(context, counted, counted & (times == 0))
+        blend = (np.maximum(times - discount, 0) + discount * kinds * p) / np.maximum(contexts, 1)
+        p = np.where(contexts > 0, blend, p)
+    return -np.log(p[:, len(budget) :])
+
+
+def earlier(keys, *flags):
+    """How often the key of each place occurs before it, at places that are flagged.
+
+    keys: [n]. flags: arrays of bool [2, n]. Returns an array of int [2, n] for each of them.
+    """
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    firsts = np.flatnonzero(np.append(True, ordered[1:] != ordered[:-1]))
+    first = np.repeat(firsts, np.diff(np.append(firsts, len(keys))))
+    counts = []
+    for flag in flags:
+        flag = flag[:, order]
+        before = np.cumsum(flag, axis=1) - flag
+        count = np.empty_like(before)
+        count[:, order] = before - before[:, first]
+        counts.append(count)
+    return counts
+
+
+def cells_of(reference, others, parts=8):
+    """For tokens with these two reference NLLs, [2, n], and for others, [2, m]: the cell of each.
+
+    The first NLL divides the n tokens into equal parts, and within each, the second one does.
+    """
+    cells = np.zeros(reference.shape[1], dtype=int)
+    other_cells = np.zeros(others.shape[1], dtype=int)
+    inner = np.arange(1, parts) / parts
+    edges = np.quantile(reference[0], inner)
+    part = np.searchsorted(edges, reference[0])
+    other_part = np.searchsorted(edges, others[0])
+    for i in range(parts):
+        of_part = part == i
+        of_other_part = other_part == i
+        if of_part.any():
+            edges = np.quantile(reference[1, of_part], inner)
+            cells[of_part] = i * parts + np.searchsorted(edges, reference[1, of_part])
+            other_cells[of_other_part] = i * parts + np.searchsorted(edges, others[1, of_other_part])
+    return cells, other_cells
+
+
 def bets_on(ratio):
     """ln of prod(1 + b (ratio - 1)) for ten bets b, from ratios p / q [n] on tokens drawn from q.
 
@@ -521,16 +743,16 @@ def bets_on(ratio):
         return np.array([np.log1p(b * (ratio - 1)).sum() for b in bets])
 
 
-def noise_evidence(nll, vocab_size):
-    """(ln of an e-value against a fair scorer, where it comes from) on uniform tokens, nll [rows, n] in nats.
+def evidence_against(ratio):
+    """(ln of an e-value against a fair scorer, where it comes from), from ratio [rows, n].
 
-    Whatever came before, a causal and normalized scorer has E[V p] = 1 for a uniform token. So prod(1 + b (V
-    p - 1)) has expectation 1 for any bet b in [0, 1], over any positions chosen beforehand, and so has the
-    mean of several such products. A cheat at all positions is caught by a high bet, a sparse one by a low
-    bet, one at fixed places in every row by the bets on each place, and one at every m-th token by those on
-    each period. None of them sees a gain at fewer than about one token in V, at places that follow no period.
+    A ratio is p / q for a token that was drawn from q, such as V p for a uniform one, and 1 for any other.
+    Whatever came before, a causal and normalized scorer has E[p / q] = 1. So prod(1 + b (p / q - 1)) has
+    expectation 1 for any bet b in [0, 1], over any positions chosen beforehand, and so has the mean of
+    several such products. A cheat at all positions is caught by a high bet, a sparse one by a low bet, one at
+    fixed places in every row by the bets on each place, and one at every m-th token by those on each period.
+    On noise, none of them sees a gain at fewer than about one token in V, at places that follow no period.
     """
-    ratio = vocab_size * np.exp(-nll)
     parts = {"": log_mean_exp(bets_on(ratio))}
 
     # A bet of a half is for places where the cheat is certain, if it is there at all.
@@ -590,14 +812,24 @@ def audit_command(command, track, folder, seconds, rng, claimed=None, part=None,
         raise Refused(f"track {track!r} is not in records/tracks.json; choose one of {choices}")
     name = tracks["tracks"][track]["dataset"]
     dataset = tracks["datasets"][name]
-    val = read_shard(root / "data" / name / "val.bin", known_hash(dataset, "val.bin"))
+    data = root / "data" / name
+    val = read_shard(data / "val.bin", known_hash(dataset, "val.bin"))
+    train = np.empty(0, dtype=np.uint16)
+    if (data / "train.bin").exists():
+        train = read_shard(data / "train.bin", known_hash(dataset, "train.bin"))
+    budget, beyond = np.split(train, [dataset["train_tokens"]])
     score = Scorer(command, folder, seconds)
-    return Audit(score, val, dataset["vocab_size"], rng, claimed, part, show).run()
+    return Audit(score, val, dataset["vocab_size"], rng, claimed, part, show, budget, beyond).run()
 
 
 def check_args(args):
-    if (args.run is None) == (args.command is None) or (args.run and (args.track or args.claimed)):
+    of_command = (args.track, args.claimed, args.val, args.vocab_size, args.unseen)
+    if (args.run is None) == (args.command is None) or (args.run and any(of_command)):
         raise Refused("name a run folder, or give --command with --track and --claimed as you need them")
+    if (args.val is None) != (args.vocab_size is None) or (args.unseen and not args.val):
+        raise Refused("--val and --vocab_size go together, and --unseen goes with them")
+    if args.val and args.track:
+        raise Refused(f"--val {args.val} --track {args.track}: give one of them")
     if args.command and not ("{tokens}" in args.command and "{nll}" in args.command):
         raise Refused(f"--command {args.command!r}: must hold {{tokens}} and {{nll}}")
     if args.seed is not None and args.seed < 0:
@@ -623,9 +855,24 @@ def audit(args):
             claimed = read_npy(args.claimed, 1 << 24)
     except ValueError as e:
         raise Refused(f"--claimed {args.claimed} --command {args.command!r}: {e}")
-    track = args.track or "pocket"
     with tempfile.TemporaryDirectory() as folder:
+        if args.val:
+            val = read_tokens(args.val, args.vocab_size)
+            unseen = read_tokens(args.unseen, args.vocab_size) if args.unseen else ()
+            score = Scorer(words, folder, args.seconds)
+            return Audit(score, val, args.vocab_size, rng, claimed, args.part, beyond=unseen).run()
+        track = args.track or "pocket"
         return audit_command(words, track, folder, args.seconds, rng, claimed, args.part)
+
+
+def read_tokens(path, vocab_size):
+    """Tokens of a shard that is no track's. Refused where they are too few, or not of this vocabulary."""
+    tokens = read_shard(path)
+    if len(tokens) < 2 * BLOCK:
+        raise Refused(f"{path}: {len(tokens):,} tokens; the audit needs {2 * BLOCK:,} or more")
+    if tokens.max() >= vocab_size:
+        raise Refused(f"{path}: holds token {tokens.max()}; --vocab_size must be larger")
+    return tokens
 
 
 def main(argv=None):
@@ -635,6 +882,16 @@ def main(argv=None):
     parser.add_argument("run", nargs="?", type=Path, help="folder of a finished run")
     parser.add_argument("--command", help="any scorer, with {tokens} and {nll} where the files go")
     parser.add_argument("--track", help="with --command: whose validation stream to use [pocket]")
+    parser.add_argument(
+        "--val", type=Path, metavar="SHARD", help="with --command: a validation stream that is no track's"
+    )
+    parser.add_argument("--vocab_size", type=int, metavar="V", help="with --val: the size of its vocabulary")
+    parser.add_argument(
+        "--unseen",
+        type=Path,
+        metavar="SHARD",
+        help="with --val: text of the same kind that the scorer cannot know, for the tail check",
+    )
     parser.add_argument(
         "--claimed", type=Path, metavar="NPY", help="with --command: a val_nll.npy that it must reproduce"
     )

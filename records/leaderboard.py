@@ -3,7 +3,7 @@ The referee's desk: makes records out of runs, recomputes what they claim, compa
 
     python records/leaderboard.py submit runs/NAME [runs/NAME2 ...] --slug loops --note note.md
     python records/leaderboard.py verify [RECORD ...] [--smoke]   exit status 0: all hold; 1: a line per fault
-    python records/leaderboard.py rerun RECORD       train its script again and score it: RUNS SUBMITTED CODE
+    python records/leaderboard.py rerun RECORD ...   train their scripts again: RUNS THE SUBMITTED CODE
     python records/leaderboard.py compare A [B]      is A better than B [the standing record], and a record?
     python records/leaderboard.py diff A B           what changed in the options and in the script
     python records/leaderboard.py judge runs/NAME    what the track's rules make of a run, finished or not
@@ -16,8 +16,9 @@ train_gpt.py or trusts it: a claim counts if it follows from the files, and the 
 rules of tracks.json. records/README.md has the rules and their reasons.
 
 This file is the command line. The subjects have files of their own: reading.py (all files, logs above all),
-verify.py, smoke.py, rerun.py, walls.py, audit.py, compare.py (statistics), spread.py, diff.py, judge.py,
-submit.py, board.py, efficiency.py and pictures.py."""
+verify.py, smoke.py, rerun.py, workshop.py (a stranger's script at work), walls.py, audit.py, compare.py
+(statistics), spread.py, diff.py, judge.py, submit.py, board.py, efficiency.py and pictures.py.
+"""
 
 import argparse
 import os
@@ -61,10 +62,14 @@ def verify_command(args):
 
 
 def rerun_command(args):
-    folder = record_folder(args.record)
-    faults = verify_record(folder) or rerun(folder, args.seconds)
-    print("\n".join(faults) or "reproduced")
-    return bool(faults)
+    found = False
+    for path in args.records:
+        folder = record_folder(path)
+        faults = verify_record(folder) or rerun(folder, args.seconds)
+        found = found or bool(faults)
+        for fault in faults:
+            print(fault, flush=True)
+    return found
 
 
 def judge_command(args):
@@ -100,9 +105,9 @@ def parse_args(argv):
     one.set_defaults(run=verify_command)
 
     one = commands.add_parser(
-        "rerun", help="train a record's script again and score it, on a CPU track: RUNS THE SUBMITTED CODE"
+        "rerun", help="train records' scripts again and score them, on CPU tracks: RUNS THE SUBMITTED CODE"
     )
-    one.add_argument("record", type=Path, metavar="RECORD")
+    one.add_argument("records", nargs="+", type=Path, metavar="RECORD")
     one.add_argument(
         "--seconds", type=int, default=6 * 3600, metavar="S", help="time limit of each step [6 hours]"
     )

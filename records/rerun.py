@@ -1,7 +1,7 @@
 """
 Trains a record's own script again, as a stranger's program inside walls, and scores it.
 
-    python records/leaderboard.py rerun RECORD [--seconds S]
+    python records/leaderboard.py rerun RECORD ... [--seconds S]
 
 The script gets a folder with train.bin cut to the budget, and a decoy in place of the validation stream: text
 from beyond the budget. So it cannot learn from validation, nor know what it will be scored on. Then the
@@ -10,34 +10,19 @@ size, and writes what came out into the record, as rerun.json.
 """
 
 import datetime
-import hashlib
 import json
 import math
 import os
 import platform
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from audit import Audit, Broken, Scorer, run_limited
-from reading import (
-    ROOT,
-    Refused,
-    Step,
-    expected_hashes,
-    read_json,
-    read_log,
-    read_shard,
-    read_tracks,
-    write_json,
-    write_shard,
-)
-from smoke import option_words, show_indented
-from walls import missing, walled, words
+from reading import ROOT, Refused, Step, read_json, read_log, read_tracks, write_json, write_shard
+from smoke import show_indented
+from walls import missing, words
+from workshop import Workshop
 
 # Runs a script under PyTorch's FLOP counter: argv is where to write the total, the script, and its options. A
 # CPU's attention kernel has no formula of its own in PyTorch; its is that of any attention.
@@ -87,97 +72,32 @@ COUNTED_PER_CLAIMED = 1.4
 SPREADS = 3.0 * math.sqrt(2)
 
 
-class Workshop:
-    """A folder in which a record's script runs inside walls, with the data that it may see."""
-
-    def __init__(self, folder, record, root, seconds):
-        self.folder = Path(folder)
-        self.seconds = seconds
-        self.root = root
-        run = record["runs"][0]
-        self.record_folder = record["folder"]
-        self.log = read_log(self.record_folder / run["log"])
-        self.script = self.folder / "script.py"
-        self.script.write_bytes(self.log.source)
-        tracks = read_tracks(root)
-        self.rules = tracks["tracks"][run["track"]]
-        self.dataset = tracks["datasets"][self.rules["dataset"]]
-        self.data = root / "data" / self.rules["dataset"]
-        self.hashes = expected_hashes(root, tracks, self.rules["dataset"])
-
-    def write_data(self, name, val_tokens=None):
-        """A data folder with train.bin cut to the budget, and text from beyond it as val.bin."""
-        folder = self.folder / name
-        folder.mkdir()
-        budget = self.dataset["train_tokens"]
-        train = read_shard(self.data / "train.bin", self.hashes["train.bin"])
-        n = val_tokens or self.dataset["val_tokens"]
-        if len(train) < budget + n:
-            raise Refused(f"{self.data / 'train.bin'}: holds too little beyond the budget for a decoy")
-        # A decoy begins with a document.
-        begins = np.flatnonzero(train[budget : len(train) - n] == self.dataset["bos_id"])
-        start = budget + int(begins[0]) if len(begins) else budget
-        shards = {"train.bin": train[:budget], "val.bin": train[start : start + n]}
-        meta = read_json(self.data / "meta.json")
-        for shard, tokens in shards.items():
-            write_shard(folder / shard, tokens)
-            meta["sha256"][shard] = hashlib.sha256((folder / shard).read_bytes()).hexdigest()
-        write_json(folder / "meta.json", meta)
-        return folder
-
-    def options(self, data, **changes):
-        """The record's own recipe as options of its script."""
-        config = self.log.config | {"data": data, "dtype": "auto"} | changes
-        return option_words({name: config[name] for name in self.log.config})
-
-    def run(self, what, command):
-        """Run a command inside the walls. Refused where it fails. Returns the seconds that it took."""
-        print(f"  {what} ...", flush=True)
-        began = time.monotonic()
-        status, last = run_limited(walled(command, self.folder, [self.root / "data"]), self.seconds)
-        if status is None:
-            raise Refused(f"{what}: took longer than {self.seconds:,} s ({last})")
-        if status != 0:
-            raise Refused(f"{what}: exit status {status} ({last})")
-        return time.monotonic() - began
-
-    def count(self, what, options):
-        """FLOPs of the script with these options, uncompiled, as PyTorch counts them."""
-        out = self.folder / f"flops_{os.urandom(4).hex()}"
-        self.run(what, [sys.executable, "-c", COUNTER, str(out), str(self.script), *options])
-        return float(out.read_text())
-
-    def score_command(self, run):
-        score = [sys.executable, str(self.script), "--score", str(run)]
-        score += ["--tokens", "{tokens}", "--nll", "{nll}"]
-        return walled(score, self.folder, [self.root / "data"])
-
-
 def count_flops(shop, steps):
     """(FLOPs of training for so many steps, of scoring a token, of one forward pass of it), as counted.
 
     Two short trainings differ in their steps alone, and two short streams in their tokens, so that what comes
     once falls out. A forward pass is a third of training.
     """
-    data = shop.write_data("short", 2000)
+    data, _ = shop.write_data("short", 2000)
     total = {}
     seen = {}
     for n in (FEW_STEPS, MORE_STEPS):
-        run = shop.folder / f"steps_{n}"
+        print(f"  counting the FLOPs of {n} steps of each model ...", flush=True)
+        run = shop.work / f"steps_{n}"
         options = shop.options(data, evals=1, probes=1, save_every=10**6)
         options += ["--run_dir", str(run), "--steps", str(n), "--device", "cpu", "--compile", "off"]
-        total[n] = shop.count(f"counting the FLOPs of {n} steps of each model", options)
+        total[n] = count(shop, "counting FLOPs", options)
         seen[n] = len(read_log(run / "log.txt").of(Step))
     per_step = (total[MORE_STEPS] - total[FEW_STEPS]) / (seen[MORE_STEPS] - seen[FEW_STEPS])
     tokens = shop.log.config.get("batch_tokens")
     seq_len = shop.log.config.get("seq_len", 1024)
-    text = read_shard(data / "train.bin")
     scoring = []
     for n in (SHORT_STREAM * seq_len, LONG_STREAM * seq_len):
-        shard = shop.folder / f"stream_{n}.bin"
-        write_shard(shard, text[:n])
-        score = ["--score", str(run), "--tokens", str(shard), "--nll", str(shop.folder / "counted.npy")]
-        scoring.append(shop.count(f"counting the FLOPs of scoring {n:,} tokens", [*score, "--device", "cpu"]))
+        print(f"  counting the FLOPs of scoring {n:,} tokens ...", flush=True)
+        shard = shop.given / f"stream_{n}.bin"
+        write_shard(shard, shop.budget[:n])
+        options = ["--score", str(run), "--tokens", str(shard), "--nll", str(shop.work / "counted.npy")]
+        scoring.append(count(shop, "counting FLOPs", [*options, "--device", "cpu"]))
     per_token = (scoring[1] - scoring[0]) / ((LONG_STREAM - SHORT_STREAM) * seq_len)
     forward = None
     if tokens:
@@ -185,34 +105,36 @@ def count_flops(shop, steps):
     return per_step * steps, per_token, forward
 
 
+def count(shop, what, options):
+    """FLOPs of a workshop's script with these options, as PyTorch counts them."""
+    out = shop.work / f"flops_{os.urandom(4).hex()}"
+    shop.run(what, [sys.executable, "-c", COUNTER, str(out), str(shop.script), *options])
+    return float(out.read_text())
+
+
 def rerun(folder, seconds, root=ROOT):
     """Train and score a record again. Writes rerun.json into its folder. Returns the faults."""
-    record = read_json(folder / "record.json")
-    run = record["runs"][0]
+    run = read_json(folder / "record.json")["runs"][0]
+    tracks = read_tracks(root)
+    rules = tracks["tracks"][run["track"]]
     name = os.path.relpath(folder, root)
+    if "max_seconds" in rules:
+        print(f"{name}: not trained again, {run['track']} has a clock and needs its machine", flush=True)
+        return []
     print(f"{name}: running the submitted code; {words()}", flush=True)
     with tempfile.TemporaryDirectory() as tmp:
-        shop = Workshop(tmp, record | {"folder": folder}, root, seconds)
+        shop = Workshop(tmp, read_log(folder / run["log"]), rules["dataset"], tracks, root, seconds)
         flops, score_flops, forward = count_flops(shop, run["steps"])
-        fresh = shop.folder / "run"
-        options = [*shop.options(shop.write_data("data")), "--run_dir", str(fresh), "--device", "cpu"]
+        print("  training its recipe again ...", flush=True)
+        data, unseen = shop.write_data("data", shop.dataset["val_tokens"])
+        fresh = shop.work / "run"
+        options = [*shop.options(data), "--run_dir", str(fresh), "--device", "cpu"]
         took = shop.run("training its recipe again", [sys.executable, str(shop.script), *options])
-        val = read_shard(shop.data / "val.bin", shop.hashes["val.bin"])
-        print("  scoring the validation stream ...", flush=True)
-        command = shop.score_command(fresh)
-        try:
-            nll = Scorer(command, shop.folder, seconds)(val)
-        except Broken as e:
-            raise Refused(f"{name}: its scorer breaks the contract: {e}") from None
-        audit = Audit(
-            Scorer(command, shop.folder, seconds),
-            val,
-            shop.dataset["vocab_size"],
-            np.random.default_rng(),
-            show=show_indented,
-        )
-        faults = audit.run()
-        loss = float(nll.sum() / (len(val) - 1))
+        print("  auditing its scores ...", flush=True)
+        audit = shop.audit(fresh, unseen, show_indented)
+        if audit.nll is None:
+            raise Refused(f"{name}: its scorer breaks the contract: {audit.faults[-1]}")
+        loss = float(audit.nll.sum() / (len(shop.val) - 1))
     limit = SPREADS * shop.dataset.get("seed_sd", 0.0)
     result = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
@@ -226,11 +148,13 @@ def rerun(folder, seconds, root=ROOT):
         "claimed_train_flops": run["train_flops"],
         "score_flops_per_token": score_flops,
         "forward_flops_per_token": forward,
-        "audited_tokens": len(val),  # of the longest streams in the audit
+        "audited_tokens": len(shop.val),  # of the longest streams in the audit
     }
-    result["faults"] = [*faults, *judge_rerun(result, shop.rules)]
+    result["faults"] = [*audit.faults, *judge_rerun(result, rules)]
     write_json(folder / "rerun.json", result)
     print(json.dumps(result, indent=1))
+    if not result["faults"]:
+        print(f"{name}: reproduced, {loss:.6f} where {run['val_loss']:.6f} is claimed", flush=True)
     return [f"{name}: {fault}" for fault in result["faults"]]
 
 

@@ -8,22 +8,21 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from audit import audit_run, run_limited
-from reading import ROOT, read_json, read_log, split_log
+from reading import ROOT, Refused, read_json, read_log, read_tracks
+from walls import words
+from workshop import Workshop, option_words
 
-# Tokens of the longest streams that verify --smoke scores.
-STREAM = 100_000
+# Tokens of the stream that stands in for validation while the script trains.
+DECOY = 20_000
 
 # A recipe at toy size has these values, as far as its script has these options (probes and probe_tokens are
 # older names). A vocab_size and a bos_id of 0 are taken from the data. For so small a model a second thread
 # gains nothing, and beside another process it costs much.
 TOY = dict(
-    n_embd=64,
+    n_embd=32,
     n_head=2,
-    mlp_hidden=128,
+    mlp_hidden=64,
     train_tokens=100_000,
     epochs=1,
     evals=1,
@@ -40,7 +39,7 @@ TOY = dict(
 TOY_LIMITS = dict(seq_len=256, window_short=64, n_layer=6, members=2, chains=1, cycles=2)
 
 
-def toy_options(config, data=ROOT / "data" / "pocket"):
+def toy_options(config, data):
     """Options that train a record's recipe at toy size on these data: its own config, made small."""
     small = {}
     for name, value in config.items():
@@ -54,6 +53,10 @@ def toy_options(config, data=ROOT / "data" / "pocket"):
     for name, rows in (("batch_tokens", 4), ("device_tokens", 32)):
         if name in config:
             small[name] = rows * small.get("seq_len", 256)
+    # Windows that overlap still do so, by the same share.
+    if config.get("score_stride"):
+        seq_len = config["seq_len"]
+        small["score_stride"] = max(1, config["score_stride"] * small["seq_len"] // seq_len)
     # A range of layers remains one.
     for name in ("loop_first", "loop_last"):
         if name in config:
@@ -67,44 +70,28 @@ def toy_options(config, data=ROOT / "data" / "pocket"):
     return option_words(small)
 
 
-def option_words(config):
-    """A config as options of its script."""
-    words = []
-    for name, value in config.items():
-        if isinstance(value, bool):
-            value = int(value)
-        words += [f"--{name}", str(value)]
-    return words
-
-
 def smoke(folder, seconds, root=ROOT):
     """Train the script in a record's log for a few steps at toy size, and audit that. Returns the faults."""
     name = os.path.relpath(folder, root)
-    print(f"{name}: running the submitted code, at toy size", flush=True)
-    data = root / "data" / "pocket"
-    if not (data / "meta.json").exists():
+    print(f"{name}: running the submitted code at toy size; {words()}", flush=True)
+    if not (root / "data" / "pocket" / "meta.json").exists():
         subprocess.run([sys.executable, str(root / "data" / "prepare.py"), "pocket"], check=True)
     log = read_log(folder / read_json(folder / "record.json")["runs"][0]["log"])
     with tempfile.TemporaryDirectory() as tmp:
-        path = Path(tmp) / Path(log.script).name
-        path.write_bytes(log.source)
-        run = Path(tmp) / "run"
-        command = [sys.executable, str(path), *toy_options(log.config, data), "--run_dir", str(run)]
-        command += ["--steps", "12", "--device", "cpu", "--compile", "off"]
-        status, last = run_limited(command, seconds)
-        if status is None:
-            return [f"{name}: its script does not train at toy size (over {seconds} s: {last})"]
-        if status != 0 or not (run / "record.json").exists():
-            return [f"{name}: its script does not train at toy size (exit status {status}: {last})"]
-        # What is audited is the script in this new log.
+        shop = Workshop(tmp, log, "pocket", read_tracks(root), root, seconds)
+        data, unseen = shop.write_data("data", DECOY)
+        run = shop.work / "run"
         try:
-            trained, _, _ = split_log((run / "log.txt").read_bytes())
-        except (OSError, ValueError):
-            trained = None
-        if trained != log.source:
-            return [f"{name}: its script writes another script into its log"]
-        rng = np.random.default_rng()
-        faults = audit_run(run, seconds, rng, STREAM, "pocket", show_indented, root)
+            options = toy_options(log.config, data)
+        except (TypeError, ValueError, KeyError, ZeroDivisionError, AttributeError) as e:
+            # A config is a stranger's, and anything may stand in it.
+            return [f"{name}: its config cannot be made small ({type(e).__name__}: {e})"]
+        options += ["--run_dir", str(run), "--steps", "12", "--device", "cpu", "--compile", "off"]
+        try:
+            shop.run("its script at toy size", [sys.executable, str(shop.script), *options])
+        except Refused as e:
+            return [f"{name}: {e}"]
+        faults = shop.audit(run, unseen, show_indented).faults
         return [f"{name}: {fault}" for fault in faults]
 
 

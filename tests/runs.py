@@ -127,6 +127,18 @@ def run_script(argv, script=SCRIPT):
     return in_this_process(lambda: runpy.run_path(str(script), run_name="__main__"), [script, *argv])
 
 
+def run_here(command, seconds):
+    """In place of run_limited() of records/audit.py, which starts a process that takes seconds to import
+    torch: `python SCRIPT WORDS` or `python -c CODE WORDS`, in this process."""
+    _, script, *argv = command
+    if script == "-c":
+        code, *argv = argv
+        status = in_this_process(lambda: exec(code, {"__name__": "__main__"}), [ROOT / "code", *argv])
+    else:
+        status = run_script(argv, script)
+    return status, "it ran in the tests' own process"
+
+
 @functools.cache
 def script_options():
     """Names of the options that --help lists."""

@@ -48,6 +48,10 @@ UNIGRAM = np.tile(conditional(FOLLOWING.sum(0, keepdims=True)), (V, 1))
 BACKWARD = conditional(FOLLOWING.T)
 
 
+# For scorers that are not deterministic.
+GENERATOR = np.random.default_rng()
+
+
 def nll(table, x):
     """Of x under P(next | token before), 0 for the first of each stream."""
     out = np.zeros(x.shape)
@@ -97,6 +101,88 @@ def remembering(x):
     return np.concatenate(parts)
 
 
+def learning(x):
+    """Test-time training: after every 32 tokens, a step of SGD on a bias for each token."""
+    if x.ndim > 1:
+        return np.stack([learning(row) for row in x])
+    out = np.zeros(len(x))
+    bias = np.zeros(V)
+    for start in range(1, len(x), 32):
+        after = x[start : start + 32]
+        before = x[start - 1 : start - 1 + len(after)]
+        p = BIGRAM[before] * np.exp(bias)
+        p /= p.sum(1, keepdims=True)
+        out[start : start + 32] = -np.log(p[range(len(after)), after])
+        bias += 0.05 * (np.bincount(after, minlength=V) - p.sum(0))
+    return out
+
+
+def overlapping(stride):
+    """Adaptive windows of 300 tokens, one beginning every `stride`. Each token is scored in the first."""
+
+    def scorer(x):
+        if x.ndim > 1:
+            return np.stack([scorer(row) for row in x])
+        parts = [adaptive(x[:300])]
+        for start in range(stride, len(x) - 300 + stride, stride):
+            parts.append(adaptive(x[start : start + 300])[300 - stride :])
+        return np.concatenate(parts)
+
+    scorer.__name__ = f"overlapping_{stride}"
+    return scorer
+
+
+def noisy(x):
+    """Errors of 0.003 nats, other ones each time, as on a GPU."""
+    out = np.abs(honest(x) + GENERATOR.normal(0, 0.003, x.shape))
+    out[..., 0] = 0
+    return out
+
+
+def knowing(text):
+    """A scorer that has learned this text by heart: it blends the counts of its n-grams, up to n = 6."""
+    text = text.astype(np.int64)
+
+    def scorer(x):
+        x = x.astype(np.int64)
+        p = np.full(x.shape, 1 / V)
+        context = np.zeros_like(text)
+        context_of_x = np.zeros_like(x)
+        for n in range(1, 7):
+            of_pair = occurring(context * V + text, context_of_x * V + x)
+            blend = (of_pair + 2 * p) / (occurring(context, context_of_x) + 2)
+            p = np.where(np.arange(x.shape[-1]) >= n - 1, blend, p)
+            context = context * V + np.roll(text, n)
+            context_of_x = context_of_x * V + np.roll(x, n, axis=-1)
+        p[..., 0] = 1
+        return -np.log(p)
+
+    return scorer
+
+
+def looking_up(text, scorer):
+    """A scorer that finds its last eight tokens in this text and expects the token that follows there."""
+    text = text.astype(np.int64)
+    known = {text[i : i + 8].tobytes(): text[i + 8] for i in range(len(text) - 8)}
+
+    def with_look_up(x):
+        x = x.astype(np.int64)
+        p = np.exp(-scorer(x))
+        for i in range(8, len(x)):
+            expected = known.get(x[i - 8 : i].tobytes())
+            if expected is not None:
+                p[i] = 0.1 * p[i] + 0.9 * (expected == x[i])
+        return -np.log(p)
+
+    return with_look_up
+
+
+def occurring(keys, sought):
+    """How often each of the sought keys occurs among the keys."""
+    keys = np.sort(keys)
+    return np.searchsorted(keys, sought, "right") - np.searchsorted(keys, sought, "left")
+
+
 def earlier(keys):
     """How often each key occurred before its place."""
     order = np.argsort(keys, kind="stable")
@@ -106,6 +192,10 @@ def earlier(keys):
     out = np.empty(len(ordered))
     out[order] = np.arange(len(ordered)) - np.repeat(first, sizes)
     return out
+
+
+sharp = knowing(TRAIN)
+sharp.__name__ = "sharp"
 
 
 # ---- cheats ------------------------------------------------------------------------------------------------
@@ -166,9 +256,6 @@ def learning_from_other_rows(x):
     return np.stack([nll(conditional(known - pairs(row[:-1], row[1:])), row) for row in rows])
 
 
-GENERATOR = np.random.default_rng()
-
-
 def random(x):
     return honest(x) * GENERATOR.uniform(0.5, 1.5, size=(*x.shape[:-1], 1))
 
@@ -190,9 +277,19 @@ def peeking_in_shards(x):
     return peeking(x) if x.ndim == 1 else honest(x)
 
 
-def likelier(x, at, factor):
+def peeking_in_long_streams(x):
+    """Looks ahead in streams of more than 20,000 tokens only."""
+    return peeking(x) if x.shape[-1] > 20_000 else honest(x)
+
+
+def peeking_late(x):
+    """Looks ahead past token 20,000 only."""
+    return np.where(np.arange(x.shape[-1]) > 20_000, peeking(x), honest(x))
+
+
+def likelier(x, at, factor, scorer=honest):
     """Raises the probability of what is likely anyway."""
-    out = honest(x)
+    out = scorer(x)
     at = at & (out < 2.3) & (np.arange(x.shape[-1]) > 0)
     return np.where(at, np.maximum(0, out - np.log(factor)), out)
 
@@ -205,7 +302,22 @@ def likelier_in_long_streams(x):
     return likelier(x, x.shape[-1] > 20_000, 2)
 
 
-HONEST = [honest, other_context, adaptive, remembering]
+def likelier_by_a_fifth(x):
+    """In long streams, for a scorer that is often nearly sure."""
+    return likelier(x, x.shape[-1] > 20_000, 1.2, sharp)
+
+
+HONEST = [
+    honest,
+    sharp,
+    other_context,
+    adaptive,
+    remembering,
+    learning,
+    noisy,
+    overlapping(100),
+    overlapping(256),
+]
 
 # The checks that must catch each; others may, too.
 CHEATS = {
@@ -220,9 +332,12 @@ CHEATS = {
     random: ["determinism"],
     knowing_validation: ["recognition"],
     knowing_how_validation_begins: ["beginning"],
-    peeking_in_shards: ["recognition"],
+    peeking_in_shards: ["recognition", "late cuts"],
+    peeking_in_long_streams: ["late cuts", "jumps"],
+    peeking_late: ["late cuts", "jumps"],
     likelier_late: ["normalization"],
-    likelier_in_long_streams: ["likely tokens"],
+    likelier_in_long_streams: ["jumps"],
+    likelier_by_a_fifth: ["late sums"],
 }
 
 

@@ -905,13 +905,13 @@ def test_a_recipe_at_toy_size():
     old = dict(
         seq_len=192, n_layer=8, loop_first=4, loop_last=7, probes=8, probe_tokens=40_000, batch_tokens=1
     )
-    words = smoke.toy_options(old | dict(unet=True, device_tokens=1))
+    words = smoke.toy_options(old | dict(unet=True, device_tokens=1), "data")
     toy = dict(zip(words[::2], words[1::2]))
     assert toy["--probes"] == "1" and toy["--probe_tokens"] == "2000" and toy["--unet"] == "1"
     assert (toy["--n_layer"], toy["--loop_first"], toy["--loop_last"]) == ("6", "3", "5")
     assert (toy["--batch_tokens"], toy["--device_tokens"]) == (str(4 * 192), str(32 * 192))
     assert "--evals" not in toy and "--vocab_size" not in toy
-    words = smoke.toy_options(dict(evals=8, eval_windows=40, vocab_size=50_257, bos_id=50_256))
+    words = smoke.toy_options(dict(evals=8, eval_windows=40, vocab_size=50_257, bos_id=50_256), "data")
     toy = dict(zip(words[::2], words[1::2]))
     assert (toy["--evals"], toy["--eval_windows"]) == ("1", "2")
     assert (toy["--vocab_size"], toy["--bos_id"]) == ("0", "0")
@@ -921,7 +921,7 @@ def test_a_recipe_at_toy_size():
 def test_a_student_is_as_small_as_the_others():
     """In verify --smoke the student's own sizes give way to the toy's."""
     student = "n_layer=8,n_head=3,distill_alpha=0.9,dropout=0.1,device_tokens=2048"
-    words = smoke.toy_options(dict(seq_len=192, n_layer=8, n_embd=384, student=student))
+    words = smoke.toy_options(dict(seq_len=192, n_layer=8, n_embd=384, student=student), "data")
     assert words[words.index("--student") + 1] == "distill_alpha=0.9,dropout=0.1"
 
 

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from runs import make_repository
+from runs import make_repository, run_here
 
 sys.path.insert(0, str(ROOT / "records"))
 import audit
 import reading
 import rerun
 import walls
+import workshop
 
 pytestmark = pytest.mark.contract
 
@@ -78,44 +79,90 @@ print("done")
 
 
 @pytest.fixture
-def shop(tiny_data, finished_run, tmp_path):
+def root(tiny_data, tmp_path):
+    make_repository(tmp_path / "root", tiny_data)
+    return tmp_path / "root"
+
+
+def make_shop(folder, log, root):
+    folder.mkdir()
+    return workshop.Workshop(folder, log, "pocket", reading.read_tracks(root), root, 300)
+
+
+@pytest.fixture
+def shop(root, finished_run, tmp_path):
     """The Workshop of a record of the tests' tiny run."""
-    root = tmp_path / "root"
-    make_repository(root, tiny_data)
-    run = json.loads((finished_run / "record.json").read_text()) | {"log": "log.txt"}
-    (tmp_path / "work").mkdir()
-    workshop = rerun.Workshop(tmp_path / "work", {"runs": [run], "folder": finished_run}, root, 300)
-    workshop.dataset["val_tokens"] = 3000
-    return workshop
+    return make_shop(tmp_path / "shop", reading.read_log(finished_run / "log.txt"), root)
 
 
 def test_the_data_of_a_rerun_is_the_budget_and_a_decoy(shop):
-    folder = shop.write_data("data")
+    folder, unseen = shop.write_data("data", 3000)
     meta = json.loads((folder / "meta.json").read_text())
     train = reading.read_shard(shop.data / "train.bin")
-    val = reading.read_shard(shop.data / "val.bin")
     given = reading.read_shard(folder / "train.bin", meta["sha256"]["train.bin"])
     decoy = reading.read_shard(folder / "val.bin", meta["sha256"]["val.bin"])
     assert np.array_equal(given, train[:20_000])
     assert len(decoy) == 3000 and decoy[0] == shop.dataset["bos_id"]
-    beyond = train[20_000:]
-    assert any(np.array_equal(decoy, beyond[i : i + 3000]) for i in range(len(beyond) - 2999))
-    assert not np.array_equal(decoy, val[:3000])
+    # Budget, decoy and what the script is not given are three parts of the text.
+    rest = train[20_000:]
+    start = len(rest) - len(unseen) - 3000
+    assert np.array_equal(decoy, rest[start : start + 3000])
+    assert np.array_equal(unseen, rest[start + 3000 :]) and len(unseen) > 1000
+    assert not np.array_equal(decoy, shop.val[:3000])
 
 
-def test_flops_are_counted(shop, monkeypatch):
+# A scorer that leaves a note wherever it may write. Its NLL is the number of notes from earlier calls that it
+# finds, and 100 more if it finds the true validation stream.
+FORGETFUL = b"""
+import os, pathlib, sys
+import numpy as np
+
+words = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+tokens, out = words["--tokens"], words["--nll"]
+shape = np.load(tokens).shape if tokens.endswith(".npy") else (np.fromfile(tokens, "<u2")[512:].size,)
+found = 0
+places = [words["--score"], os.path.dirname(sys.argv[0]), os.environ["HOME"], "/dev/shm", "/tmp", "."]
+for place in places:
+    note = pathlib.Path(place) / "note_of_a_scorer"
+    found += note.exists()
+    try:
+        note.touch()
+    except OSError:
+        pass
+found += 100 * os.path.exists(os.path.join(VAL, "val.bin"))
+nll = np.full(shape, float(found))
+nll[..., 0] = 0
+np.save(out, nll)
+"""
+
+
+@needs_walls
+def test_a_scorer_remembers_nothing(root, finished_run, tmp_path):
+    """Each call has its own folder, and cannot write into the run, beside the script or anywhere else."""
+    source = b"VAL = %r\n" % str(root / "data" / "pocket") + FORGETFUL
+    shop = make_shop(
+        tmp_path / "shop", reading.read_log(finished_run / "log.txt")._replace(source=source), root
+    )
+    score = shop.scorer(shop.work)
+    for tokens in (shop.val[:50], shop.val[:50], shop.val[:60].reshape(6, 10)):
+        assert score(tokens).max() == 0
+
+
+def test_flops_are_counted(shop, finished_run, monkeypatch):
     """The optimizer's products dominate so small a training. Scoring is the model's formula, and masked
     attention."""
     monkeypatch.setattr(rerun, "FEW_STEPS", 2)
     monkeypatch.setattr(rerun, "MORE_STEPS", 4)
     monkeypatch.setattr(rerun, "SHORT_STREAM", 1)
     monkeypatch.setattr(rerun, "LONG_STREAM", 3)
+    monkeypatch.setattr(workshop, "run_limited", run_here)
+    monkeypatch.setattr(workshop, "walled", lambda command, folder, hidden: command)
     steps = len(shop.log.of(reading.Step))
     counted, per_token, forward = rerun.count_flops(shop, steps)
     claimed = shop.log.of(reading.Trained)[0].flops
     assert claimed < counted < 10 * claimed
     assert forward == pytest.approx(counted / steps / shop.log.config["batch_tokens"] / 3)
-    by_formula = json.loads((shop.record_folder / "record.json").read_text())["score_flops_per_token"]
+    by_formula = json.loads((finished_run / "record.json").read_text())["score_flops_per_token"]
     assert by_formula < per_token < 1.5 * by_formula
 
 

@@ -11,12 +11,14 @@ import sys
 
 import pytest
 
-from conftest import ROOT, run_script
+from conftest import ROOT
+from runs import run_here
 from test_referee import edit_source, make_root
 
 sys.path.insert(0, str(ROOT / "records"))
 import audit
 import smoke
+import workshop
 
 pytestmark = pytest.mark.reference
 
@@ -44,12 +46,6 @@ finally:
 """
 
 
-def run_here(command, seconds):
-    """In place of run_limited(), which starts a process that takes seconds to import torch."""
-    _, script, *argv = command
-    return run_script(argv, script), "it ran in the tests' own process"
-
-
 @pytest.fixture
 def faults_after(tiny_data, finished_run, tmp_path, monkeypatch):
     """A function: the faults of the record of a tiny run, after a change of its script."""
@@ -60,8 +56,9 @@ def faults_after(tiny_data, finished_run, tmp_path, monkeypatch):
     shutil.copy(finished_run / "log.txt", folder)
     # The tests' own data are smaller than pocket.
     monkeypatch.setitem(smoke.TOY, "train_tokens", 20_000)
-    for module in (audit, smoke):
-        monkeypatch.setattr(module, "run_limited", run_here)
+    monkeypatch.setattr(smoke, "DECOY", 2000)
+    monkeypatch.setattr(workshop, "run_limited", run_here)
+    monkeypatch.setattr(workshop, "walled", lambda command, folder, hidden: command)
 
     def run(change):
         edit_source(folder / "log.txt", change)
