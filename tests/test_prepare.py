@@ -87,6 +87,15 @@ def test_the_torch_source_is_the_same_everywhere(tmp_path, monkeypatch, name):
     assert hashes == dataset["sha256"]
 
 
+def test_prose_is_the_dataset_of_its_tracks():
+    """What prepare.py pins is what tracks.json asks of a run; the corpus itself need not be there."""
+    dataset = audit.read_tracks()["datasets"]["prose"]
+    assert prepare.PROSE["sha256"] == dataset["sha256"]
+    sizes = prepare.PROSE["tokens"]
+    assert (sizes["val"], sizes["test"]) == (dataset["val_tokens"], dataset["test_tokens"])
+    assert dataset["train_tokens"] <= sizes["train"]
+
+
 def test_changed_source_is_noticed_before_anything_is_written(tmp_path):
     splits = {name: np.array([BOS, 1, 2], np.uint16) for name in ("val", "test", "train")}
     with pytest.raises(prepare.DataError, match="val.bin with sha256"):
