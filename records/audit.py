@@ -218,14 +218,10 @@ class Audit:
             self.show(f"FAULT {name:<15} {figure}")
             self.faults.append(f"{name}: {figure}")
 
-    def places(self, n, length):
-        """Where n random pieces of the validation text have their tokens, [n, length]."""
-        starts = self.rng.integers(len(self.text) - length + 1, size=n)
-        return starts[:, None] + np.arange(length)
-
     def rows(self, n, length):
         """n random pieces of the validation text, [n, length]."""
-        return self.text[self.places(n, length)]
+        starts = self.rng.integers(len(self.text) - length + 1, size=n)
+        return self.text[starts[:, None] + np.arange(length)]
 
     def noise(self, *shape):
         return self.rng.integers(self.V, size=shape).astype(np.uint16)
@@ -255,11 +251,8 @@ class Audit:
     def run(self):
         """All checks, the cheapest first. Returns the faults, one line each."""
         try:
-            places = self.places(16, self.length)
-            base = self.text[places]
+            base = self.rows(16, self.length)
             nll = self.score(base)
-            # Late cuts fall behind tokens that are hard in short rows: there, a look ahead is worth most.
-            self.hard = 1 + places[nll >= 1]
             self.determinism(base, nll)
             self.causality(base, nll)
             self.normalization()
@@ -351,7 +344,7 @@ class Audit:
     def normalization(self):
         """The probabilities of all tokens that may follow a prefix sum to one."""
         sums = []
-        for n, length in ((8, 48), (1, 500)):
+        for n, length in ((8, 32), (1, 300)):
             # With a large vocabulary, there are fewer prefixes, so that two million tokens are enough.
             n = min(n, 2_000_000 // (self.V * length))
             length = min(length, self.length)
@@ -379,7 +372,7 @@ class Audit:
         return [(np.exp(-nll[i, :, p]).sum(), int(p)) for i, p in enumerate(ends)]
 
     def sums_over_likely_tokens(self):
-        """The same after three long prefixes, for the 64 likeliest tokens: their sum is at most one.
+        """The same after three long prefixes, for the 32 likeliest tokens: their sum is at most one.
 
         These are the tokens that follow the prefix's last token most often in the text.
         """
@@ -388,7 +381,7 @@ class Audit:
         likely = []
         for prefix in prefixes:
             followers = self.text[1:][self.text[:-1] == prefix[p - 1]]
-            likely.append(np.argsort(-np.bincount(followers, minlength=self.V))[:64])
+            likely.append(np.argsort(-np.bincount(followers, minlength=self.V))[:32])
         rows = np.repeat(prefixes, len(likely[0]), axis=0)
         rows[:, p] = np.concatenate(likely)
         sums = np.exp(-self.score(rows)[:, p]).reshape(3, -1).sum(1)
@@ -397,52 +390,51 @@ class Audit:
     def long_streams(self):
         """Streams as long as the validation stream: no scorer can tell them from it by their length.
 
-        The first is the validation stream itself, sent as a shard. Each of the others serves a check of its
-        own. Three of them are equal to an earlier one up to a cut, late in the stream: there, what follows
-        must not move the tokens before it. After the cut the streams differ, so each has one cut only.
+        The first is the validation stream itself, sent as a shard. Two others are equal to it up to a cut,
+        late in the stream: there, what follows must not move the tokens before it. After the cut they serve a
+        check of their own.
         """
         nll = self.score(self.text)
         self.nll = nll
         if self.claimed is not None:
             self.reproduction(nll)
-        moved = [self.noise_from_a_cut(nll)]
-        before, first_sum = self.tail_from_a_cut(nll)
-        moved.append(before)
-        stream, other_nll = self.beginning(nll)
-        before, second_sum = self.jumps_from_a_cut(stream, other_nll)
-        moved.append(before)
-        cuts = ", ".join(f"{len(before):,}" for before in moved)
+        self.noise_and_another_beginning(nll)
+        moved = []
+        sums = []
+        for branch_off in (self.tail_from_a_cut, self.jumps_from_a_cut):
+            before, total = branch_off(nll)
+            moved.append(before)
+            sums.append(total)
+        cuts = " and ".join(f"{len(before):,}" for before in moved)
         just_before = np.stack([before[-32:] for before in moved])
         self.alike("late cuts", just_before, f"what follows the cuts at tokens {cuts}")
         long_before = np.concatenate([before[:-32] for before in moved])
         self.alike("recognition", long_before, "the same, from the beginning of the streams on,")
-        total = max(first_sum, second_sum)
         self.report(
             "late sums",
-            total <= 1 + SUM,
-            f"the probabilities of two likely tokens at each of the last two cuts sum to {total:.4f} at most "
+            max(sums) <= 1 + SUM,
+            f"the probabilities of two likely tokens at each of these cuts sum to {max(sums):.4f} at most "
             f"(limit {1 + SUM})",
         )
         length = int(self.rng.integers(min(3000, len(self.text) // 8) // 2, len(self.text) // 8 + 1))
         self.fair("noise, alone", self.score(self.noise(length))[None, 1:])
 
-    def hard_cut(self, low, high):
-        """A random cut in this part of the text, behind a hard token if there is one."""
-        hard = self.hard[(self.hard >= low) & (self.hard < high)]
-        return int(self.rng.choice(hard if len(hard) > 0 else np.arange(low, high)))
+    def fork(self, nll, low, high):
+        """A place in this part of the text where two tokens share nearly all of the probability.
 
-    def fork(self, stream, nll, low, high):
-        """A place in this part of a stream where two tokens share nearly all of the probability.
-
-        Returns the place and the token that the stream does not have there. Short rows tell: some places
-        that are neither certain nor hopeless are scored with 8 other tokens each. In a long stream, too, the
-        probabilities of the two add up to at most one.
+        Returns the place and the token that the text does not have there. Short rows tell: some places that
+        are neither certain nor hopeless are scored with 8 other tokens each. In a long stream, too, the
+        probabilities of the two add up to at most one. The token before the place is a hard one, if there
+        are such places, for there a look ahead is worth most.
         """
+        stream = self.text
         places = np.arange(low, high)
         p = np.exp(-nll[places])
-        if np.count_nonzero((p > 0.2) & (p < 0.8)) >= 48:
-            places = places[(p > 0.2) & (p < 0.8)]
-        places = self.rng.choice(places, size=48, replace=False)
+        for wanted in ((p > 0.2) & (p < 0.8) & (nll[places - 1] > 1), (p > 0.2) & (p < 0.8)):
+            if np.count_nonzero(wanted) >= 32:
+                places = places[wanted]
+                break
+        places = self.rng.choice(places, size=32, replace=False)
         length = min(256, self.length)
         before = np.roll(stream, 1)
         two_before = np.roll(stream, 2)
@@ -462,24 +454,37 @@ class Audit:
         best = np.argmax(p[:, 0] + p[:, 1:].max(1))
         return int(places[best]), rows[best, 1 + np.argmax(p[best, 1:]), -1]
 
-    def noise_from_a_cut(self, nll):
-        """Text, then noise alone, then text with some noise in it. Returns what moved before the noise.
+    def noise_and_another_beginning(self, nll):
+        """Another text in the first tokens; then the text, noise alone, and text with some noise in it.
 
-        It is sent as a row, in case the scorer knows shards.
+        The beginning of a stream must not move what is scored long after it. The stream is sent as a row, in
+        case the scorer knows shards.
         """
         n = len(self.text)
-        cut = self.hard_cut(n // 2, 3 * n // 4)
+        replaced = min(500, n // 8)
+        cut = int(self.rng.integers(n // 2, 3 * n // 4))
         pure = (n - cut) // 2
-        future = self.text[cut:].copy()
-        noisy = self.rng.random(n - cut) < 0.05
-        noisy[:pure] = True
-        future[noisy] = self.noise(noisy.sum())
-        got = self.score(self.branch(self.text, cut, future)[None])[0]
-        # The first token is no draw from all tokens: it had to be a change.
-        self.fair("noise, long", got[cut + 1 : cut + pure][None])
-        spliced = cut + pure + np.flatnonzero(noisy[pure:])
+        stream = self.text.copy()
+        stream[:replaced] = self.rows(1, replaced)[0]
+        noisy = self.rng.random(n) < 0.05
+        noisy[:cut] = False
+        noisy[cut : cut + pure] = True
+        stream[noisy] = self.noise(noisy.sum())
+        got = self.score(stream[None])[0]
+        self.fair("noise, long", got[cut : cut + pure][None])
+        spliced = cut + pure + np.flatnonzero(noisy[cut + pure :])
         self.fair("noise, spliced", got[spliced][None])
-        return got[:cut] - nll[:cut]
+
+        shift = (got - nll)[n // 4 : cut]
+        shift = shift[: len(shift) // 10 * 10].reshape(10, -1).mean(1)
+        mean = shift.mean()
+        limit = 0.005 + 4 * shift.std(ddof=1) / math.sqrt(10)
+        self.report(
+            "beginning",
+            abs(mean) <= limit,
+            f"another text in the first {replaced} tokens moved the mean of those from {n // 4:,} to {cut:,} "
+            f"by {mean:+.2g} nats (limit {limit:.2g})",
+        )
 
     def tail_from_a_cut(self, nll):
         """Validation text, then text that no run may know.
@@ -491,7 +496,7 @@ class Audit:
         has seen one of them. Where train.bin has no such text, other places of validation follow the cut.
         """
         n = len(self.text)
-        cut, first = self.fork(self.text, nll, n // 4, n // 2)
+        cut, first = self.fork(nll, n // 4, n // 2)
         begins = np.flatnonzero(self.beyond == self.val[0])
         begins = begins[begins <= len(self.beyond) - (n - cut)]
         if len(begins) > 0:
@@ -535,30 +540,8 @@ class Audit:
             f"validation tokens that are as hard for a reference scorer (limit {limit:.2g})",
         )
 
-    def beginning(self, nll):
-        """Another text in the first tokens of a stream must not move what is scored long after them.
-
-        Returns that stream and its NLL.
-        """
-        n = len(self.text)
-        replaced = min(500, n // 8)
-        other = self.text.copy()
-        other[:replaced] = self.rows(1, replaced)[0]
-        got = self.score(other)
-        shift = (got - nll)[n // 4 :]
-        shift = shift[: len(shift) // 10 * 10].reshape(10, -1).mean(1)
-        mean = shift.mean()
-        limit = 0.005 + 4 * shift.std(ddof=1) / math.sqrt(10)
-        self.report(
-            "beginning",
-            abs(mean) <= limit,
-            f"another text in the first {replaced} tokens moved the mean of those from {n // 4:,} on by "
-            f"{mean:+.2g} nats (limit {limit:.2g})",
-        )
-        return other, got
-
-    def jumps_from_a_cut(self, stream, nll):
-        """The stream up to a cut, then pieces of its text.
+    def jumps_from_a_cut(self, nll):
+        """The text up to a cut, then pieces of it.
 
         Returns what moved before the cut, and the sum of the probabilities of both tokens there.
 
@@ -569,9 +552,9 @@ class Audit:
         that raises the probability of what is likely anyway, which noise seldom hits, gains here. So does one
         that looks ahead: what follows the drawn token gives it away.
         """
-        text = stream.astype(np.int64)
+        text = self.text.astype(np.int64)
         n = len(text)
-        cut, first = self.fork(stream, nll, n // 2, 3 * n // 4)
+        cut, first = self.fork(nll, n // 2, 3 * n // 4)
         share = np.clip(np.exp(-nll), 0.05, 0.9)
         weights = (0.5, 0.3, 0.2)
         contexts = [np.roll(text, 2) * self.V + np.roll(text, 1), np.roll(text, 1), np.zeros_like(text)]
@@ -595,7 +578,7 @@ class Audit:
                 rank = low[end] + int(among[i] * (high[end] - low[end]))
                 starts.append(int(order[which[i]][rank]))
         pieces = [text[np.arange(start, start + length) % n] for start, length in zip(starts, lengths)]
-        future = np.concatenate(pieces)[: n - cut].astype(stream.dtype)
+        future = np.concatenate(pieces)[: n - cut].astype(self.text.dtype)
         future[0] = first
 
         # The last piece is cut off, and no token was drawn where it ends.
@@ -609,7 +592,7 @@ class Audit:
             elsewhere += weight * (beyond_it - of_pair) / (high - low)[ends]
         q = share[ends] * (drawn == text[ends]) + (1 - share[ends]) * elsewhere
 
-        got = self.score(np.concatenate([stream[:cut], future]))
+        got = self.score(np.concatenate([self.text[:cut], future]))
         ratio = np.ones(n)
         ratio[at] = np.exp(-got[at]) / q
         evidence, where = evidence_against(ratio[None])

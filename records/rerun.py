@@ -18,7 +18,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from compare import seed_spread
 from reading import ROOT, Refused, Step, read_json, read_log, read_tracks, write_json, write_shard
 from smoke import show_indented
 from walls import missing, words
@@ -114,7 +117,8 @@ def count(shop, what, options):
 
 def rerun(folder, seconds, root=ROOT):
     """Train and score a record again. Writes rerun.json into its folder. Returns the faults."""
-    run = read_json(folder / "record.json")["runs"][0]
+    record = read_json(folder / "record.json")
+    run = record["runs"][0]
     tracks = read_tracks(root)
     rules = tracks["tracks"][run["track"]]
     name = os.path.relpath(folder, root)
@@ -135,14 +139,13 @@ def rerun(folder, seconds, root=ROOT):
         if audit.nll is None:
             raise Refused(f"{name}: its scorer breaks the contract: {audit.faults[-1]}")
         loss = float(audit.nll.sum() / (len(shop.val) - 1))
-    limit = SPREADS * shop.dataset.get("seed_sd", 0.0)
     result = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "machine": machine(),
         "walls_missing": list(missing()),
         "val_loss": loss,
         "claimed": run["val_loss"],
-        "limit": limit,
+        "limit": loss_limit(record, shop.dataset),
         "seconds": took,
         "train_flops": flops,
         "claimed_train_flops": run["train_flops"],
@@ -158,12 +161,18 @@ def rerun(folder, seconds, root=ROOT):
     return [f"{name}: {fault}" for fault in result["faults"]]
 
 
+def loss_limit(record, dataset):
+    """How far the loss of a rerun may be from the claimed one, in nats; None where no spread is known."""
+    losses = np.array([run["val_loss"] for run in record["runs"]])
+    return SPREADS * seed_spread(losses, dataset).sd or None
+
+
 def judge_rerun(result, rules):
     """What is wrong with a record by its rerun, a line for each fault."""
     faults = []
     loss = result["val_loss"]
     difference = loss - result["claimed"]
-    if abs(difference) > result["limit"]:
+    if result["limit"] is not None and abs(difference) > result["limit"]:
         explained = f"seeds and rounding explain {result['limit']:.4f}"
         faults.append(f"the loss is {loss:.4f}, {difference:+.4f} from the claimed one; {explained}")
     counted = result["train_flops"]

@@ -3,7 +3,6 @@ Does a record's script leak? leaderboard.py verify --smoke trains it at toy size
 """
 
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -74,8 +73,6 @@ def smoke(folder, seconds, root=ROOT):
     """Train the script in a record's log for a few steps at toy size, and audit that. Returns the faults."""
     name = os.path.relpath(folder, root)
     print(f"{name}: running the submitted code at toy size; {words()}", flush=True)
-    if not (root / "data" / "pocket" / "meta.json").exists():
-        subprocess.run([sys.executable, str(root / "data" / "prepare.py"), "pocket"], check=True)
     log = read_log(folder / read_json(folder / "record.json")["runs"][0]["log"])
     with tempfile.TemporaryDirectory() as tmp:
         shop = Workshop(tmp, log, "pocket", read_tracks(root), root, seconds)

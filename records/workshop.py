@@ -3,6 +3,7 @@ A stranger's script at work for the referee: inside walls, with the data that it
 """
 
 import hashlib
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,9 @@ class Workshop:
         self.script.write_bytes(log.source)
         self.dataset = tracks["datasets"][dataset_name]
         self.data = root / "data" / dataset_name
+        prepare = [sys.executable, str(root / "data" / "prepare.py"), dataset_name]
+        if not (self.data / "meta.json").exists() and subprocess.run(prepare).returncode != 0:
+            raise Refused(f"{self.data}: is not there, and could not be prepared")
         hashes = expected_hashes(root, tracks, dataset_name)
         self.val = read_shard(self.data / "val.bin", hashes["val.bin"])
         train = read_shard(self.data / "train.bin", hashes["train.bin"])

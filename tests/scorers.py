@@ -299,7 +299,7 @@ def likelier_late(x):
 
 
 def likelier_in_long_streams(x):
-    return likelier(x, x.shape[-1] > 20_000, 2)
+    return likelier(x, x.shape[-1] > 20_000, 3)
 
 
 def likelier_by_a_fifth(x):
@@ -332,11 +332,11 @@ CHEATS = {
     random: ["determinism"],
     knowing_validation: ["recognition"],
     knowing_how_validation_begins: ["beginning"],
-    peeking_in_shards: ["recognition", "late cuts"],
+    peeking_in_shards: ["late cuts", "jumps"],
     peeking_in_long_streams: ["late cuts", "jumps"],
     peeking_late: ["late cuts", "jumps"],
     likelier_late: ["normalization"],
-    likelier_in_long_streams: ["jumps"],
+    likelier_in_long_streams: ["jumps", "late sums"],
     likelier_by_a_fifth: ["late sums"],
 }
 

@@ -58,14 +58,14 @@ def blocks(nll):
     return np.add.reduceat(nll, np.arange(0, len(nll), 1000))
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("scorer", scorers.HONEST)
 def test_honest_scorers_pass(scorer, seed):
     got = checks(scorer, seed, blocks(scorer(scorers.VAL)))
     assert all(got.values()) and len(got) == 16, got
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("scorer", scorers.CHEATS)
 def test_each_cheat_is_caught_by_the_check_meant_for_it(scorer, seed):
     got = checks(scorer, seed)
@@ -79,10 +79,10 @@ def test_each_cheat_is_caught_by_the_check_meant_for_it(scorer, seed):
 @pytest.fixture(scope="module")
 def corpus(pocket):
     """Shuffled documents: (validation, test, training budget, what follows the budget)."""
-    val = tokens_of(ROOT / "data" / "pocket" / "val.bin")[:100_000]
-    test = tokens_of(ROOT / "data" / "pocket" / "test.bin")[:100_000]
+    val = tokens_of(ROOT / "data" / "pocket" / "val.bin")[:60_000]
+    test = tokens_of(ROOT / "data" / "pocket" / "test.bin")[:60_000]
     train = tokens_of(ROOT / "data" / "pocket" / "train.bin")
-    return val, test, train[:200_000], train[1_000_000:1_500_000]
+    return val, test, train[:120_000], train[1_000_000:1_300_000]
 
 
 def tail_gap(corpus, scorer, seed):
@@ -96,16 +96,14 @@ def tail_gap(corpus, scorer, seed):
     return line.startswith("ok    tail"), float(re.search(r"cost (\S+) nats", line)[1])
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("kind", ["bigrams", "adaptive", "n-grams of the budget"])
-def test_a_scorer_that_knows_the_budget_passes_the_tail_check(corpus, kind, seed):
+@pytest.mark.parametrize("kind", ["adaptive", "n-grams of the budget"])
+def test_a_scorer_that_knows_the_budget_passes_the_tail_check(corpus, kind):
     budget = corpus[2]
     scorer = {
-        "bigrams": scorers.honest,
         "adaptive": scorers.adaptive,
         "n-grams of the budget": scorers.knowing(budget),
     }[kind]
-    holds, gap = tail_gap(corpus, scorer, seed)
+    holds, gap = tail_gap(corpus, scorer, 0)
     assert holds, gap
 
 
