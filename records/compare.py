@@ -2,6 +2,7 @@
 Is one loss better than another by more than chance, and would it be a record? leaderboard.py compare.
 """
 
+import datetime
 import functools
 import math
 import os
@@ -24,6 +25,7 @@ from reading import (
     read_tracks,
     require_keys,
     same_folder,
+    seeds_wanted,
     standing_record,
 )
 
@@ -236,7 +238,7 @@ def compare(a, b=None, root=ROOT):
     if outcome == "chance" and c["mean"] < 0:
         lines.append(f"  {more_seeds(c, scores, scores_b, dataset, limit)}")
     if "submitted" not in record:
-        lines += ["next:", *next_steps(outcome, a, b, claims)]
+        lines += ["next:", *next_steps(outcome, a, b, claims, tracks["tracks"][track])]
     elif b is not None:
         lines += ["next:", f"  python records/leaderboard.py diff {b} {a}"]
     return lines
@@ -333,14 +335,16 @@ def more_seeds(c, scores_a, scores_b, dataset, limit):
     return f"{n} seeds of A with this mean would show that A is better"
 
 
-def next_steps(outcome, a, b, claims):
+def next_steps(outcome, a, b, claims, rules):
     """What to type next, after a comparison of runs."""
+    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     track = claims[0]["track"]
     runs = [run.rstrip("/") for run in str(a).split(",")]
-    if outcome in ("first", "record"):
+    enough = len(claims) >= seeds_wanted(rules, today)
+    if outcome in ("first", "record") and enough:
         lines = [f"  python records/audit.py {run}" for run in runs]
         return [*lines, f"  python records/leaderboard.py submit {' '.join(runs)} --slug NAME --note NOTE.md"]
-    if outcome == "chance":
+    if outcome in ("first", "record", "chance"):
         seed = 1 + max(run_claims["seed"] for run_claims in claims)
         other = f"{runs[0]}_seed{seed}"
         return [

@@ -6,6 +6,7 @@ What a track's rules make of a run, finished or not. train_gpt.py asks while it 
 It reads the run's folder alone and promises nothing: `verify` decides, once there is a record.
 """
 
+import datetime
 import os
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from reading import (
     read_json,
     read_log,
     read_tracks,
+    seeds_wanted,
     standing_record,
 )
 
@@ -54,7 +56,7 @@ def judge(run, seconds=None, flops=None, root=ROOT):
         lines = [f"this run cannot become a record: {fault}" for fault in faults]
         if record is None:
             return [*begun(track, rules, standing), *lines]
-        return [*finished(record, rules, standing), *lines, *next_steps(run, standing, faults)]
+        return [*finished(record, rules, standing), *lines, *next_steps(run, rules, standing, faults)]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise Refused(f"{run}: not the folder of a run ({type(e).__name__}: {e})")
 
@@ -138,7 +140,7 @@ def finished(record, rules, standing):
     return lines
 
 
-def next_steps(run, standing, faults):
+def next_steps(run, rules, standing, faults):
     """What to type next."""
     name = os.path.relpath(run)
     lines = ["next:"]
@@ -147,5 +149,7 @@ def next_steps(run, standing, faults):
     lines.append(f"  python records/audit.py {name}")
     lines.append(f"  python train_gpt.py --sample {name} --prompt 'def '")
     if not faults:
-        lines.append(f"  python records/leaderboard.py submit {name} --slug NAME --note NOTE.md")
+        today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+        others = " RUN_OF_ANOTHER_SEED" * (seeds_wanted(rules, today) - 1)
+        lines.append(f"  python records/leaderboard.py submit {name}{others} --slug NAME --note NOTE.md")
     return lines

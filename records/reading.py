@@ -178,6 +178,14 @@ def same_folder(a, b):
     return Path(a).resolve() == Path(b).resolve()
 
 
+def seeds_wanted(rules, day):
+    """How many seeds a record of this day (YYYY-MM-DD) brings, by a track's rules."""
+    wanted = rules.get("seeds")
+    if wanted and day >= wanted["from"]:
+        return wanted["least"]
+    return 1
+
+
 def standing_record(root, track, before=None):
     """(folder, record) of the best record of a track, or of those before the record in the folder `before`;
     None where there is none."""

@@ -43,6 +43,7 @@ from reading import (
     read_npy,
     read_tracks,
     require_keys,
+    seeds_wanted,
     standing_record,
 )
 from rerun import judge_rerun, loss_limit
@@ -354,15 +355,9 @@ def verify_recipes(faults, runs, configs):
 
 def verify_number_of_seeds(faults, record, rules):
     """Since a track asks for several seeds, its records bring them."""
-    wanted = rules.get("seeds", {"from": "~"})
-    if record["date"] >= wanted["from"]:
-        faults.expect(
-            len(record["runs"]) >= wanted["least"],
-            "record.json",
-            "number of runs",
-            len(record["runs"]),
-            f"{wanted['least']} seeds are asked for since {wanted['from']}",
-        )
+    wanted = seeds_wanted(rules, record["date"])
+    n = len(record["runs"])
+    faults.expect(n >= wanted, "record.json", "number of runs", n, f"the track asks for {wanted} seeds")
 
 
 def verify_rerun(faults, folder, record, tracks):
