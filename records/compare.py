@@ -2,7 +2,6 @@
 Is one loss better than another by more than chance, and would it be a record? leaderboard.py compare.
 """
 
-import datetime
 import functools
 import math
 import os
@@ -27,6 +26,7 @@ from reading import (
     same_folder,
     seeds_wanted,
     standing_record,
+    today,
 )
 
 # A record's own spread of seeds counts from so many seeds on.
@@ -337,10 +337,9 @@ def more_seeds(c, scores_a, scores_b, dataset, limit):
 
 def next_steps(outcome, a, b, claims, rules):
     """What to type next, after a comparison of runs."""
-    today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     track = claims[0]["track"]
     runs = [run.rstrip("/") for run in str(a).split(",")]
-    enough = len(claims) >= seeds_wanted(rules, today)
+    enough = len(claims) >= seeds_wanted(rules, today())
     if outcome in ("first", "record") and enough:
         lines = [f"  python records/audit.py {run}" for run in runs]
         return [*lines, f"  python records/leaderboard.py submit {' '.join(runs)} --slug NAME --note NOTE.md"]

@@ -6,7 +6,6 @@ What a track's rules make of a run, finished or not. train_gpt.py asks while it 
 It reads the run's folder alone and promises nothing: `verify` decides, once there is a record.
 """
 
-import datetime
 import os
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from reading import (
     read_tracks,
     seeds_wanted,
     standing_record,
+    today,
 )
 
 WORDS = {  # of a limit that a run is over
@@ -149,7 +149,6 @@ def next_steps(run, rules, standing, faults):
     lines.append(f"  python records/audit.py {name}")
     lines.append(f"  python train_gpt.py --sample {name} --prompt 'def '")
     if not faults:
-        today = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-        others = " RUN_OF_ANOTHER_SEED" * (seeds_wanted(rules, today) - 1)
+        others = " RUN_OF_ANOTHER_SEED" * (seeds_wanted(rules, today()) - 1)
         lines.append(f"  python records/leaderboard.py submit {name}{others} --slug NAME --note NOTE.md")
     return lines

@@ -5,6 +5,7 @@ A log is read in one place, here. Everything that looks at one (verify, compare,
 the same lines, and the same reading of each. Nothing here imports train_gpt.py or trusts what it wrote.
 """
 
+import datetime
 import hashlib
 import json
 import os
@@ -176,6 +177,11 @@ def all_records(root, track):
 
 def same_folder(a, b):
     return Path(a).resolve() == Path(b).resolve()
+
+
+def today():
+    """The day in UTC, YYYY-MM-DD."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
 
 
 def seeds_wanted(rules, day):

@@ -9,7 +9,6 @@ referee scores the true validation stream with the fresh weights, counts FLOPs, 
 size, and writes what came out into the record, as rerun.json.
 """
 
-import datetime
 import json
 import math
 import os
@@ -22,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from compare import seed_spread
-from reading import ROOT, Refused, Step, read_json, read_log, read_tracks, write_json, write_shard
+from reading import ROOT, Refused, Step, read_json, read_log, read_tracks, today, write_json, write_shard
 from smoke import show_indented
 from walls import missing, words
 from workshop import Workshop
@@ -89,7 +88,7 @@ def count_flops(shop, steps):
         run = shop.work / f"steps_{n}"
         options = shop.options(data, evals=1, probes=1, save_every=10**6)
         options += ["--run_dir", str(run), "--steps", str(n), "--device", "cpu", "--compile", "off"]
-        total[n] = count(shop, "counting FLOPs", options)
+        total[n] = count(shop, options)
         seen[n] = len(read_log(run / "log.txt").of(Step))
     per_step = (total[MORE_STEPS] - total[FEW_STEPS]) / (seen[MORE_STEPS] - seen[FEW_STEPS])
     tokens = shop.log.config.get("batch_tokens")
@@ -100,7 +99,7 @@ def count_flops(shop, steps):
         shard = shop.given / f"stream_{n}.bin"
         write_shard(shard, shop.budget[:n])
         options = ["--score", str(run), "--tokens", str(shard), "--nll", str(shop.work / "counted.npy")]
-        scoring.append(count(shop, "counting FLOPs", [*options, "--device", "cpu"]))
+        scoring.append(count(shop, [*options, "--device", "cpu"]))
     per_token = (scoring[1] - scoring[0]) / ((LONG_STREAM - SHORT_STREAM) * seq_len)
     forward = None
     if tokens:
@@ -108,10 +107,10 @@ def count_flops(shop, steps):
     return per_step * steps, per_token, forward
 
 
-def count(shop, what, options):
+def count(shop, options):
     """FLOPs of a workshop's script with these options, as PyTorch counts them."""
     out = shop.work / f"flops_{os.urandom(4).hex()}"
-    shop.run(what, [sys.executable, "-c", COUNTER, str(out), str(shop.script), *options])
+    shop.run("counting FLOPs", [sys.executable, "-c", COUNTER, str(out), str(shop.script), *options])
     return float(out.read_text())
 
 
@@ -140,7 +139,7 @@ def rerun(folder, seconds, root=ROOT):
             raise Refused(f"{name}: its scorer breaks the contract: {audit.faults[-1]}")
         loss = float(audit.nll.sum() / (len(shop.val) - 1))
     result = {
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "date": today(),
         "machine": machine(),
         "walls_missing": list(missing()),
         "val_loss": loss,
