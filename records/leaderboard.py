@@ -65,7 +65,7 @@ def rerun_command(args):
     found = False
     for path in args.records:
         folder = record_folder(path)
-        faults = verify_record(folder) or rerun(folder, args.seconds)
+        faults = verify_record(folder) or rerun(folder, args.seconds, args.keep)
         found = found or bool(faults)
         for fault in faults:
             print(fault, flush=True)
@@ -110,6 +110,12 @@ def parse_args(argv):
     one.add_argument("records", nargs="+", type=Path, metavar="RECORD")
     one.add_argument(
         "--seconds", type=int, default=6 * 3600, metavar="S", help="time limit of each step [6 hours]"
+    )
+    one.add_argument(
+        "--keep",
+        type=Path,
+        metavar="FOLDER",
+        help="keep the trainings here; those that are here already are scored and audited again",
     )
     one.set_defaults(run=rerun_command)
 

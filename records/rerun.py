@@ -1,18 +1,20 @@
 """
 Trains a record's own script again, as a stranger's program inside walls, and scores it.
 
-    python records/leaderboard.py rerun RECORD ... [--seconds S]
+    python records/leaderboard.py rerun RECORD ... [--seconds S] [--keep FOLDER]
 
 The script gets a folder with train.bin cut to the budget, and a decoy in place of the validation stream: text
 from beyond the budget. So it cannot learn from validation, nor know what it will be scored on. Then the
 referee scores the true validation stream with the fresh weights, counts FLOPs, audits the scorer at full
-size, and writes what came out into the record, as rerun.json.
+size, and writes what came out into the record, as rerun.json. With --keep, a finished training stays in
+FOLDER, and the same command scores and audits it again, with fresh tests.
 """
 
 import json
 import math
 import os
 import platform
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -86,6 +88,7 @@ def count_flops(shop, steps):
     for n in (FEW_STEPS, MORE_STEPS):
         print(f"  counting the FLOPs of {n} steps of each model ...", flush=True)
         run = shop.work / f"steps_{n}"
+        shutil.rmtree(run, ignore_errors=True)
         options = shop.options(data, evals=1, probes=1, save_every=10**6)
         options += ["--run_dir", str(run), "--steps", str(n), "--device", "cpu", "--compile", "off"]
         total[n] = count(shop, options)
@@ -114,8 +117,12 @@ def count(shop, options):
     return float(out.read_text())
 
 
-def rerun(folder, seconds, root=ROOT):
-    """Train and score a record again. Writes rerun.json into its folder. Returns the faults."""
+def rerun(folder, seconds, keep=None, root=ROOT):
+    """Train and score a record again. Writes rerun.json into its folder. Returns the faults.
+
+    keep: a folder in which the training stays, under the record's track and name. Where it is already, it is
+    only scored and audited.
+    """
     record = read_json(folder / "record.json")
     run = record["runs"][0]
     tracks = read_tracks(root)
@@ -126,13 +133,11 @@ def rerun(folder, seconds, root=ROOT):
         return []
     print(f"{name}: running the submitted code; {words()}", flush=True)
     with tempfile.TemporaryDirectory() as tmp:
-        shop = Workshop(tmp, read_log(folder / run["log"]), rules["dataset"], tracks, root, seconds)
-        flops, score_flops, forward = count_flops(shop, run["steps"])
-        print("  training its recipe again ...", flush=True)
+        place = keep.resolve() / run["track"] / folder.name if keep else Path(tmp)
+        shop = Workshop(place, read_log(folder / run["log"]), rules["dataset"], tracks, root, seconds)
         data, unseen = shop.write_data("data", shop.dataset["val_tokens"])
         fresh = shop.work / "run"
-        options = [*shop.options(data), "--run_dir", str(fresh), "--device", "cpu"]
-        took = shop.run("training its recipe again", [sys.executable, str(shop.script), *options])
+        trained = train_again(shop, data, fresh, place / "trained.json", run)
         print("  auditing its scores ...", flush=True)
         audit = shop.audit(fresh, unseen, show_indented)
         if audit.nll is None:
@@ -145,11 +150,11 @@ def rerun(folder, seconds, root=ROOT):
         "val_loss": loss,
         "claimed": run["val_loss"],
         "limit": loss_limit(record, shop.dataset),
-        "seconds": took,
-        "train_flops": flops,
+        "seconds": trained["seconds"],
+        "train_flops": trained["train_flops"],
         "claimed_train_flops": run["train_flops"],
-        "score_flops_per_token": score_flops,
-        "forward_flops_per_token": forward,
+        "score_flops_per_token": trained["score_flops_per_token"],
+        "forward_flops_per_token": trained["forward_flops_per_token"],
         "audited_tokens": len(shop.val),  # of the longest streams in the audit
     }
     result["faults"] = [*audit.faults, *judge_rerun(result, rules)]
@@ -158,6 +163,32 @@ def rerun(folder, seconds, root=ROOT):
     if not result["faults"]:
         print(f"{name}: reproduced, {loss:.6f} where {run['val_loss']:.6f} is claimed", flush=True)
     return [f"{name}: {fault}" for fault in result["faults"]]
+
+
+def train_again(shop, data, fresh, kept, run):
+    """Train a record's recipe into the folder `fresh` and count its FLOPs, unless the file `kept` says that
+    this was done. Returns what it says, once that is done: time and FLOPs."""
+    if kept.exists():
+        trained = read_json(kept)
+        if trained["source_sha256"] != run["source_sha256"]:
+            raise Refused(f"{kept}: is of another record's script; name another folder with --keep")
+        print(f"  trained already: {kept}", flush=True)
+        return trained
+    flops, score_flops, forward = count_flops(shop, run["steps"])
+    print("  training its recipe again ...", flush=True)
+    # Of a training that was broken off, nothing is left.
+    shutil.rmtree(fresh, ignore_errors=True)
+    options = [*shop.options(data), "--run_dir", str(fresh), "--device", "cpu"]
+    seconds = shop.run("training its recipe again", [sys.executable, str(shop.script), *options])
+    trained = {
+        "source_sha256": run["source_sha256"],
+        "seconds": seconds,
+        "train_flops": flops,
+        "score_flops_per_token": score_flops,
+        "forward_flops_per_token": forward,
+    }
+    write_json(kept, trained)
+    return trained
 
 
 def loss_limit(record, dataset):

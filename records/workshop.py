@@ -29,7 +29,7 @@ class Workshop:
         self.work = Path(folder) / "work"
         self.streams = Path(folder) / "streams"
         for made in (self.given, self.work, self.streams):
-            made.mkdir()
+            made.mkdir(parents=True, exist_ok=True)
         self.log = log
         self.seconds = seconds
         self.hidden = [root / "data"]
@@ -51,7 +51,7 @@ class Workshop:
         Returns (folder, the text beyond the budget that the script is not given).
         """
         folder = self.given / name
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         # A decoy begins with a document.
         begins = np.flatnonzero(self.beyond == self.dataset["bos_id"])
         start = int(begins[0]) if len(begins) else 0

@@ -166,6 +166,15 @@ def test_flops_are_counted(shop, finished_run, monkeypatch):
     assert by_formula < per_token < 1.5 * by_formula
 
 
+def test_a_kept_training_is_not_repeated(tmp_path):
+    kept = tmp_path / "trained.json"
+    trained = {"source_sha256": "a", "seconds": 1.0}
+    kept.write_text(json.dumps(trained))
+    assert rerun.train_again(None, None, None, kept, {"source_sha256": "a"}) == trained
+    with pytest.raises(reading.Refused, match="another record"):
+        rerun.train_again(None, None, None, kept, {"source_sha256": "b"})
+
+
 HONEST = {
     "val_loss": 0.7,
     "claimed": 0.701,
