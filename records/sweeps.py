@@ -4,9 +4,9 @@ The experiments behind the board and the notes: runs from plans, and the tables 
     python records/sweeps.py           train every run of the plans that has no log yet (hours), then as below
     python records/sweeps.py --table   read the logs alone; write the tables, baselines.json and the pictures
 
-baselines/pocket/plan.txt: the plain recipe on more and more tokens, from which data efficiency is read; also
+baselines/DATASET/plan.txt: the plain recipe on more and more tokens, from which data efficiency is read; also
 with look-up inputs, which shows how much of it is copying.
-ablations/pocket/plan.txt: techniques on and off, three seeds each. A title in equals signs begins a table.
+ablations/DATASET/plan.txt: techniques on and off, three seeds each. A title in equals signs begins a table.
 
 A line of a plan is a run: NAME, a colon, and the options that it gives to train_gpt.py. "NAME x3:" stands for
 three seeds, NAME_s0 to NAME_s2. "NAME vs OTHER x3:" names the runs to compare them with. "all: OPTIONS" are
@@ -43,8 +43,7 @@ from reading import (
     write_json,
 )
 
-BASELINES = HERE / "baselines" / "pocket"
-ABLATIONS = HERE / "ablations" / "pocket"
+DATASETS = ("pocket", "prose")
 
 PLAN_LINE = re.compile(r"(\S+)(?: vs (\S+))?(?: x(\d+))?: ?(.*)")
 
@@ -80,6 +79,17 @@ def read_plan(folder):
     return entries
 
 
+def planned(kind):
+    """The folders of this kind, baselines or ablations, that have a plan: one for each dataset."""
+    folders = [HERE / kind / dataset for dataset in DATASETS]
+    return [folder for folder in folders if (folder / "plan.txt").exists()]
+
+
+def name_of(folder, name):
+    """A run's name in runs/, where the runs of all plans are."""
+    return f"{folder.parent.name}_{folder.name}_{name}"
+
+
 def train_missing():
     """Train what has no log yet, one run after the other."""
     # The plans are read again after each run, so lines that were added in the meantime are found.
@@ -91,13 +101,13 @@ def train_one():
     """Train the first run without a log that no other process trains. Returns whether there is one."""
     locks = ROOT / "runs" / "locks"
     locks.mkdir(parents=True, exist_ok=True)
-    for folder in (BASELINES, ABLATIONS):
+    for folder in planned("baselines") + planned("ablations"):
         for entry in read_plan(folder):
             for name, options in entry["runs"].items():
                 log = folder / f"{name}.log"
                 if log.exists():
                     continue
-                with open(locks / f"{folder.parent.name}_{name}", "w") as lock:
+                with open(locks / name_of(folder, name), "w") as lock:
                     try:
                         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     except BlockingIOError:
@@ -125,12 +135,12 @@ def train_run(run, options):
 
 def train(folder, name, options, kept):
     """Train a run of a plan, and keep its log."""
-    run = ROOT / "runs" / f"{folder.parent.name}_{name}"
+    run = ROOT / "runs" / name_of(folder, name)
     train_run(run, options)
     log = (run / "log.txt").read_bytes()
     header, _, _ = log.partition(b"\n")
     _, _, rest = split_log(log)
-    if folder == ABLATIONS:
+    if folder.parent.name == "ablations":
         # There are many short runs: every fiftieth step is enough. Their losses are compared block by block.
         rest = re.sub(rb"^(?:member \d+ )?step (\d+)/.*\n", every_fiftieth, rest, flags=re.MULTILINE)
         np.save(folder / f"{name}.npy", read_npy(run / "val_nll.npy", 1 << 24))
@@ -163,8 +173,11 @@ def read_result(path):
     }
 
 
-def replace_between(path, begin, end, lines):
-    """Put lines between two marker lines of a page."""
+def write_table(folder, title, lines):
+    """Put a dataset's table between its marker lines, in the README beside its folder."""
+    path = folder.parent / "README.md"
+    begin = f"<!-- {folder.name}, {title}: python records/sweeps.py --table -->"
+    end = f"<!-- end of {folder.name}, {title} -->"
     text = path.read_text()
     before = text.split(begin)[0]
     after = text.split(end)[1]
@@ -178,11 +191,11 @@ def table_head(*names):
 # ---- the baseline's curve ----------------------------------------------------------------------------------
 
 
-def write_curves():
-    """The sweep's tables, and the best recipe at each number of tokens into baselines.json: of the plain
-    baseline, and of that with look-up inputs."""
+def write_curves(folder):
+    """A dataset's tables, and the best recipe at each number of tokens into baselines.json: of the plain
+    baseline, and of that with look-up inputs. folder: HERE / "baselines" / DATASET."""
     recipes = {}
-    for path in BASELINES.glob("*.log"):
+    for path in folder.glob("*.log"):
         run = read_result(path)
         # Runs of several epochs measure the spread of seeds; they are of no curve.
         if run["epochs"] == 1:
@@ -200,12 +213,13 @@ def write_curves():
 
     path = HERE / "baselines.json"
     baselines = read_json(path)
-    baselines["pocket"]["points"] = write_curve(plain, "sweep")
-    baselines["pocket"]["with_look_ups"]["points"] = write_curve(with_look_ups, "sweep with look-ups")
+    dataset = baselines[folder.name]
+    dataset["points"] = write_curve(plain, folder, "plain")
+    dataset["with_look_ups"]["points"] = write_curve(with_look_ups, folder, "with look-ups")
     write_json(path, baselines)
 
 
-def write_curve(recipes, title):
+def write_curve(recipes, folder, title):
     """Write the table with this title. recipes: {name: runs}. Returns the points for baselines.json."""
     rows = []
     points = {}
@@ -237,16 +251,14 @@ def write_curve(recipes, title):
         "log",
     )
     for tokens, loss, name, runs in sorted(rows, key=lambda row: row[:3]):
-        lines.append(curve_row(tokens, loss, name, runs, is_best=points[tokens]["run"] == name))
+        lines.append(curve_row(folder, tokens, loss, name, runs, is_best=points[tokens]["run"] == name))
     if not rows:
         lines = ["Not measured yet."]
-    page = HERE / "baselines" / "README.md"
-    begin = f"<!-- {title}: python records/sweeps.py --table -->"
-    replace_between(page, begin, f"<!-- end of {title} -->", lines)
+    write_table(folder, title, lines)
     return [points[tokens] for tokens in sorted(points)]
 
 
-def curve_row(tokens, loss, name, runs, is_best):
+def curve_row(folder, tokens, loss, name, runs, is_best):
     c = runs[0]
     loss_cell = f"{loss:.4f}"
     if is_best:
@@ -264,7 +276,7 @@ def curve_row(tokens, loss, name, runs, is_best):
         f"{c['muon_lr']:g}",
         f"{c['embed_lr']:g}, {c['head_lr']:g}, {c['scalar_lr']:g}",
         f"{c['flops']:.3g}",
-        f"[{name}](pocket/{c['name']}.log)",
+        f"[{name}]({folder.name}/{c['name']}.log)",
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -272,11 +284,12 @@ def curve_row(tokens, loss, name, runs, is_best):
 # ---- the ablations -----------------------------------------------------------------------------------------
 
 
-def write_ablations():
-    """The tables of records/ablations/README.md: each group of runs, and its difference to its control."""
+def write_ablations(folder):
+    """A dataset's tables in records/ablations/README.md: each group of runs, and its difference to its
+    control. Returns the groups, by name. folder: HERE / "ablations" / DATASET."""
     groups = {}
-    for entry in read_plan(ABLATIONS):
-        paths = [ABLATIONS / f"{name}.log" for name in entry["runs"]]
+    for entry in read_plan(folder):
+        paths = [folder / f"{name}.log" for name in entry["runs"]]
         if all(path.exists() for path in paths):
             logs = [read_result(path) for path in paths]
             sums = [read_npy(path.with_suffix(".npy"), 1 << 24) for path in paths]
@@ -293,11 +306,13 @@ def write_ablations():
         if group["title"] != title:
             title = group["title"]
             lines += ["", f"**{title}**", "", *head]
-        lines.append(ablation_row(group, groups.get(group["control"])))
-    page = HERE / "ablations" / "README.md"
-    begin = "<!-- ablations: python records/sweeps.py --table -->"
-    replace_between(page, begin, "<!-- end of ablations -->", lines)
+        lines.append(ablation_row(folder, group, groups.get(group["control"])))
+    write_table(folder, "techniques", lines)
+    return groups
 
+
+def draw_ablations(groups):
+    """The pictures of records/ablations/README.md, from pocket's groups of runs."""
     for name, draw in (("decay", draw_decay), ("epochs", draw_epochs), ("chain", draw_chain)):
         for theme in INK:
             picture = draw(groups, theme)
@@ -305,7 +320,7 @@ def write_ablations():
                 save_picture(HERE / "ablations" / f"{name}_{theme}.svg", picture, "the logs")
 
 
-def ablation_row(group, control):
+def ablation_row(folder, group, control):
     _, losses, _ = group["scores"]
     difference = ["", "", ""]
     if control:
@@ -322,7 +337,7 @@ def ablation_row(group, control):
     links = []
     for log in group["logs"]:
         seed = log["name"].rpartition("_")[2]
-        links.append(f"[{seed}](pocket/{log['name']}.log)")
+        links.append(f"[{seed}]({folder.name}/{log['name']}.log)")
     flops = np.mean([log["flops"] for log in group["logs"]])
     cells = [
         group["name"],
@@ -409,8 +424,12 @@ def main():
     try:
         if not sys.argv[1:]:
             train_missing()
-        write_curves()
-        write_ablations()
+        for folder in planned("baselines"):
+            write_curves(folder)
+        for folder in planned("ablations"):
+            groups = write_ablations(folder)
+            if folder.name == "pocket":
+                draw_ablations(groups)
     except Refused as e:
         sys.exit(f"sweeps.py: {e}")
     except KeyboardInterrupt:

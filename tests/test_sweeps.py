@@ -20,7 +20,6 @@ def here(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "records" / "baselines", tmp_path / "baselines")
     shutil.copy(ROOT / "records" / "baselines.json", tmp_path)
     monkeypatch.setattr(sweeps, "HERE", tmp_path)
-    monkeypatch.setattr(sweeps, "BASELINES", tmp_path / "baselines" / "pocket")
     return tmp_path
 
 
@@ -34,13 +33,13 @@ def curves(here):
 def test_the_curves_of_this_repository_are_those_of_its_logs(here):
     before = curves(here)
     page = (here / "baselines" / "README.md").read_text()
-    sweeps.write_curves()
+    sweeps.write_curves(here / "baselines" / "pocket")
     assert curves(here) == before and (here / "baselines" / "README.md").read_text() == page
 
 
 def test_a_run_with_look_ups_is_of_the_second_curve(here):
     """However good it is, it does not touch the plain one. Several epochs are of neither."""
-    sweeps.write_curves()
+    sweeps.write_curves(here / "baselines" / "pocket")
     plain, look_ups = curves(here)
     folder = here / "baselines" / "pocket"
     log = (folder / "4M_w256_b2048_lr0.014.log").read_text()
@@ -54,7 +53,7 @@ def test_a_run_with_look_ups_is_of_the_second_curve(here):
             '"epochs": 1.0', '"epochs": 2.0'
         )
     )
-    sweeps.write_curves()
+    sweeps.write_curves(here / "baselines" / "pocket")
     now_plain, now_look_ups = curves(here)
     assert now_plain == plain and set(now_look_ups) == {*look_ups, 3_000_000}
     assert 0.1 < now_look_ups[3_000_000] < 0.2
