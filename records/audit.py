@@ -388,36 +388,54 @@ class Audit:
         return [(total, p) for total in np.maximum(1.0, sums)]
 
     def long_streams(self):
-        """Streams as long as the validation stream: no scorer can tell them from it by their length.
-
-        The first is the validation stream itself, sent as a shard. Two others are equal to it up to a cut,
-        late in the stream: there, what follows must not move the tokens before it. After the cut they serve a
-        check of their own.
-        """
+        """The validation stream itself, sent as a shard, and a second stream of its length."""
         nll = self.score(self.text)
         self.nll = nll
         if self.claimed is not None:
             self.reproduction(nll)
-        self.noise_and_another_beginning(nll)
-        moved = []
-        sums = []
-        for branch_off in (self.tail_from_a_cut, self.jumps_from_a_cut):
-            before, total = branch_off(nll)
-            moved.append(before)
-            sums.append(total)
-        cuts = " and ".join(f"{len(before):,}" for before in moved)
-        just_before = np.stack([before[-32:] for before in moved])
-        self.alike("late cuts", just_before, f"what follows the cuts at tokens {cuts}")
-        long_before = np.concatenate([before[:-32] for before in moved])
-        self.alike("recognition", long_before, "the same, from the beginning of the streams on,")
-        self.report(
-            "late sums",
-            max(sums) <= 1 + SUM,
-            f"the probabilities of two likely tokens at each of these cuts sum to {max(sums):.4f} at most "
-            f"(limit {1 + SUM})",
-        )
+        self.another_beginning(nll)
+        self.another_end(nll)
         length = int(self.rng.integers(min(3000, len(self.text) // 8) // 2, len(self.text) // 8 + 1))
         self.fair("noise, alone", self.score(self.noise(length))[None, 1:])
+
+    def another_end(self, nll):
+        """A stream that is the validation stream up to a cut: no scorer can tell it from that by its length.
+
+        What follows the cut must not move the tokens before it. It serves checks of its own: text that no run
+        may know, text with jumps, noise, and text with some noise in it.
+        """
+        n = len(self.text)
+        cut, other = self.fork(nll, n // 4, 5 * n // 8)
+        left = n - cut
+        unseen, is_unseen = self.unseen_text(3 * left // 8)
+        jumping, at, q = self.jumping_text(nll, 3 * left // 8)
+        noise = self.noise(left // 8)
+        noisy = self.rows(1, left - len(unseen) - len(jumping) - len(noise))[0]
+        spliced = np.flatnonzero(self.rng.random(len(noisy)) < 0.05)
+        noisy[spliced] = self.noise(len(spliced))
+        ends = np.cumsum([cut, len(unseen), len(jumping), len(noise)])
+        stream = np.concatenate([self.text[:cut], unseen, jumping, noise, noisy])
+        stream[cut] = other
+        got = self.score(stream)
+
+        moved = got[:cut] - nll[:cut]
+        self.alike("late cut", moved[-32:], f"what follows the cut at token {cut:,}")
+        self.alike("recognition", moved[:-32], "the same, from the beginning of the stream on,")
+        total = np.exp(-got[cut]) + np.exp(-nll[cut])
+        self.report(
+            "late sum",
+            total <= 1 + SUM,
+            f"the probabilities of two likely tokens there sum to {total:.4f} (limit {1 + SUM})",
+        )
+        _, of_unseen, of_jumping, of_noise, of_noisy = np.split(got, ends)
+        if is_unseen:
+            self.tail(nll, of_unseen, reference_nll(self.budget, stream, self.V)[:, cut : ends[1]])
+        else:
+            needed = f"{len(unseen):,} consecutive tokens that the scorer cannot know"
+            self.show(f"skip  {'tail':<15} needs {needed}, past the budget in train.bin")
+        self.jumps(of_jumping, at, q)
+        self.fair("noise, long", of_noise[None])
+        self.fair("noise, spliced", of_noisy[spliced][None])
 
     def fork(self, nll, low, high):
         """A place in this part of the text where two tokens share nearly all of the probability.
@@ -454,64 +472,40 @@ class Audit:
         best = np.argmax(p[:, 0] + p[:, 1:].max(1))
         return int(places[best]), rows[best, 1 + np.argmax(p[best, 1:]), -1]
 
-    def noise_and_another_beginning(self, nll):
-        """Another text in the first tokens; then the text, noise alone, and text with some noise in it.
+    def another_beginning(self, nll):
+        """The beginning of a stream must not move what is scored long after it.
 
-        The beginning of a stream must not move what is scored long after it. The stream is sent as a row, in
-        case the scorer knows shards.
+        The stream is the first third of the text with another text in its first tokens. It is sent as a row,
+        in case the scorer knows shards.
         """
-        n = len(self.text)
+        n = len(self.text) // 3
         replaced = min(500, n // 8)
-        cut = int(self.rng.integers(n // 2, 3 * n // 4))
-        pure = (n - cut) // 2
-        stream = self.text.copy()
+        stream = self.text[:n].copy()
         stream[:replaced] = self.rows(1, replaced)[0]
-        noisy = self.rng.random(n) < 0.05
-        noisy[:cut] = False
-        noisy[cut : cut + pure] = True
-        stream[noisy] = self.noise(noisy.sum())
-        got = self.score(stream[None])[0]
-        self.fair("noise, long", got[cut : cut + pure][None])
-        spliced = cut + pure + np.flatnonzero(noisy[cut + pure :])
-        self.fair("noise, spliced", got[spliced][None])
-
-        shift = (got - nll)[n // 4 : cut]
+        shift = (self.score(stream[None])[0] - nll[:n])[n // 4 :]
         shift = shift[: len(shift) // 10 * 10].reshape(10, -1).mean(1)
         mean = shift.mean()
         limit = 0.005 + 4 * shift.std(ddof=1) / math.sqrt(10)
         self.report(
             "beginning",
             abs(mean) <= limit,
-            f"another text in the first {replaced} tokens moved the mean of those from {n // 4:,} to {cut:,} "
+            f"another text in the first {replaced} tokens moved the mean of those from {n // 4:,} to {n:,} "
             f"by {mean:+.2g} nats (limit {limit:.2g})",
         )
 
-    def tail_from_a_cut(self, nll):
-        """Validation text, then text that no run may know.
+    def unseen_text(self, length):
+        """(tokens that no run may know [length], whether they are that).
 
-        Returns what moved before the cut, and the sum of the probabilities of both tokens there.
-
-        That text is what follows the training budget in train.bin, from the beginning of a document on. Both
+        They are what follows the training budget in train.bin, from the beginning of a document on. Both
         are drawn from the same shuffled documents. So a scorer is as good on one as on the other, unless it
-        has seen one of them. Where train.bin has no such text, other places of validation follow the cut.
+        has seen one of them. Where train.bin has no such text, they are another place of validation.
         """
-        n = len(self.text)
-        cut, first = self.fork(nll, n // 4, n // 2)
         begins = np.flatnonzero(self.beyond == self.val[0])
-        begins = begins[begins <= len(self.beyond) - (n - cut)]
-        if len(begins) > 0:
-            begin = int(self.rng.choice(begins))
-            future = self.beyond[begin : begin + n - cut]
-        else:
-            future = np.roll(self.text, self.rng.integers(1, n))[cut:]
-        stream = np.concatenate([self.text[:cut], [first], future[1:]])
-        got = self.score(stream)
-        if len(begins) > 0:
-            self.tail(nll, got[cut:], reference_nll(self.budget, stream, self.V)[:, cut:])
-        else:
-            needed = f"{n - cut:,} consecutive tokens that the scorer cannot know"
-            self.show(f"skip  {'tail':<15} needs {needed}, past the budget in train.bin")
-        return got[:cut] - nll[:cut], np.exp(-got[cut]) + np.exp(-nll[cut])
+        begins = begins[begins <= len(self.beyond) - length]
+        if len(begins) == 0:
+            return self.rows(1, length)[0], False
+        begin = int(self.rng.choice(begins))
+        return self.beyond[begin : begin + length].copy(), True
 
     def tail(self, nll, unseen_nll, unseen_reference):
         """Is the scorer as good on unseen text as on validation? A reference tells how hard each is.
@@ -540,36 +534,30 @@ class Audit:
             f"validation tokens that are as hard for a reference scorer (limit {limit:.2g})",
         )
 
-    def jumps_from_a_cut(self, nll):
-        """The text up to a cut, then pieces of it.
-
-        Returns what moved before the cut, and the sum of the probabilities of both tokens there.
+    def jumping_text(self, nll, n):
+        """n tokens that are pieces of the text. Returns (tokens, where tokens were drawn, their q).
 
         Where a piece ends, the next token is drawn from a distribution q that is known, and the text goes on
         from there. It is the token that came next in the text, with about the probability that the scorer
         gave it, or one that elsewhere follows the same two tokens (half of the rest), the same one (0.3 of
-        it), or anything (0.2). Whatever came before, E[p / q] = 1 for a causal and normalized scorer. One
-        that raises the probability of what is likely anyway, which noise seldom hits, gains here. So does one
-        that looks ahead: what follows the drawn token gives it away.
+        it), or anything (0.2).
         """
         text = self.text.astype(np.int64)
-        n = len(text)
-        cut, first = self.fork(nll, n // 2, 3 * n // 4)
         share = np.clip(np.exp(-nll), 0.05, 0.9)
         weights = (0.5, 0.3, 0.2)
         contexts = [np.roll(text, 2) * self.V + np.roll(text, 1), np.roll(text, 1), np.zeros_like(text)]
         order = [np.argsort(context, kind="stable") for context in contexts]
         ranges = [occurrences(context[o], context) for context, o in zip(contexts, order)]
 
-        lengths = self.rng.integers(8, 40, size=(n - cut) // 8 + 1)
-        lengths = lengths[: np.searchsorted(np.cumsum(lengths), n - cut) + 1]
+        lengths = self.rng.integers(8, 40, size=n // 8 + 1)
+        lengths = lengths[: np.searchsorted(np.cumsum(lengths), n) + 1]
         goes_on = self.rng.random(len(lengths))
         which = self.rng.choice(len(contexts), size=len(lengths), p=weights)
         among = self.rng.random(len(lengths))
-        starts = [int(self.rng.integers(n))]
+        starts = [int(self.rng.integers(len(text)))]
         ends = []
         for i, length in enumerate(lengths):
-            end = (starts[-1] + int(length)) % n
+            end = (starts[-1] + int(length)) % len(text)
             ends.append(end)
             if goes_on[i] < share[end]:
                 starts.append(end)
@@ -577,24 +565,27 @@ class Audit:
                 low, high = ranges[which[i]]
                 rank = low[end] + int(among[i] * (high[end] - low[end]))
                 starts.append(int(order[which[i]][rank]))
-        pieces = [text[np.arange(start, start + length) % n] for start, length in zip(starts, lengths)]
-        future = np.concatenate(pieces)[: n - cut].astype(self.text.dtype)
-        future[0] = first
+        pieces = [text[np.arange(start, start + m) % len(text)] for start, m in zip(starts, lengths)]
+        tokens = np.concatenate(pieces)[:n].astype(self.text.dtype)
 
         # The last piece is cut off, and no token was drawn where it ends.
         ends = np.array(ends[:-1])
         drawn = text[starts[1:-1]]
-        at = cut + np.cumsum(lengths[:-1])
+        at = np.cumsum(lengths[:-1])
         elsewhere = 0
         for weight, context, (low, high) in zip(weights, contexts, ranges):
             pairs = np.sort(context * self.V + text)
             of_pair, beyond_it = occurrences(pairs, context[ends] * self.V + drawn)
             elsewhere += weight * (beyond_it - of_pair) / (high - low)[ends]
         q = share[ends] * (drawn == text[ends]) + (1 - share[ends]) * elsewhere
+        return tokens, at, q
 
-        got = self.score(np.concatenate([self.text[:cut], future]))
-        ratio = np.ones(n)
-        ratio[at] = np.exp(-got[at]) / q
+    def jumps(self, nll, at, q):
+        """nll: of what jumping_text() made. Whatever came before, E[p / q] = 1 for a causal and normalized
+        scorer. One that raises the probability of what is likely anyway, which noise seldom hits, gains here.
+        So does one that looks ahead: what follows the drawn token gives it away."""
+        ratio = np.ones(len(nll))
+        ratio[at] = np.exp(-nll[at]) / q
         evidence, where = evidence_against(ratio[None])
         self.report(
             "jumps",
@@ -602,7 +593,6 @@ class Audit:
             f"{len(at):,} tokens drawn from what is likely, with text that goes on from them: evidence of "
             f"{evidence:.1f} nats against a fair scorer{where} (limit {EVIDENCE:.1f})",
         )
-        return got[:cut] - nll[:cut], np.exp(-got[cut]) + np.exp(-nll[cut])
 
     def reproduction(self, nll):
         """val_nll.npy against the scorer's own NLL.

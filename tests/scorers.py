@@ -332,12 +332,12 @@ CHEATS = {
     random: ["determinism"],
     knowing_validation: ["recognition"],
     knowing_how_validation_begins: ["beginning"],
-    peeking_in_shards: ["late cuts", "jumps"],
-    peeking_in_long_streams: ["late cuts", "jumps"],
-    peeking_late: ["late cuts", "jumps"],
+    peeking_in_shards: ["late cut", "jumps"],
+    peeking_in_long_streams: ["late cut", "jumps"],
+    peeking_late: ["late cut", "jumps"],
     likelier_late: ["normalization"],
-    likelier_in_long_streams: ["jumps", "late sums"],
-    likelier_by_a_fifth: ["late sums"],
+    likelier_in_long_streams: ["jumps", "late sum"],
+    likelier_by_a_fifth: ["late sum"],
 }
 
 
