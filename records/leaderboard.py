@@ -115,7 +115,7 @@ def parse_args(argv):
         "--keep",
         type=Path,
         metavar="FOLDER",
-        help="keep the trainings here; those that are here already are scored and audited again",
+        help="keep the trainings here, and go on with those that are here already",
     )
     one.set_defaults(run=rerun_command)
 

@@ -6,8 +6,8 @@ Trains a record's own script again, as a stranger's program inside walls, and sc
 The script gets a folder with train.bin cut to the budget, and a decoy in place of the validation stream: text
 from beyond the budget. So it cannot learn from validation, nor know what it will be scored on. Then the
 referee scores the true validation stream with the fresh weights, counts FLOPs, audits the scorer at full
-size, and writes what came out into the record, as rerun.json. With --keep, a finished training stays in
-FOLDER, and the same command scores and audits it again, with fresh tests.
+size, and writes what came out into the record, as rerun.json. With --keep, the training stays in FOLDER:
+the same command goes on with it where it was broken off, and scores and audits it again once it is finished.
 """
 
 import json
@@ -120,8 +120,7 @@ def count(shop, options):
 def rerun(folder, seconds, keep=None, root=ROOT):
     """Train and score a record again. Writes rerun.json into its folder. Returns the faults.
 
-    keep: a folder in which the training stays, under the record's track and name. Where it is already, it is
-    only scored and audited.
+    keep: a folder in which the training stays, under the record's track and name, and from which it goes on.
     """
     record = read_json(folder / "record.json")
     run = record["runs"][0]
@@ -166,29 +165,37 @@ def rerun(folder, seconds, keep=None, root=ROOT):
 
 
 def train_again(shop, data, fresh, kept, run):
-    """Train a record's recipe into the folder `fresh` and count its FLOPs, unless the file `kept` says that
-    this was done. Returns what it says, once that is done: time and FLOPs."""
+    """Count the FLOPs of a record's recipe and train it into the folder `fresh`, or do what the file `kept`
+    leaves to do. Returns what that file says in the end: FLOPs, and the seconds of the training."""
+    done = {}
     if kept.exists():
-        trained = read_json(kept)
-        if trained["source_sha256"] != run["source_sha256"]:
+        done = read_json(kept)
+        if done["source_sha256"] != run["source_sha256"]:
             raise Refused(f"{kept}: is of another record's script; name another folder with --keep")
-        print(f"  trained already: {kept}", flush=True)
-        return trained
-    flops, score_flops, forward = count_flops(shop, run["steps"])
-    print("  training its recipe again ...", flush=True)
-    # Of a training that was broken off, nothing is left.
-    shutil.rmtree(fresh, ignore_errors=True)
-    options = [*shop.options(data), "--run_dir", str(fresh), "--device", "cpu"]
-    seconds = shop.run("training its recipe again", [sys.executable, str(shop.script), *options])
-    trained = {
-        "source_sha256": run["source_sha256"],
-        "seconds": seconds,
-        "train_flops": flops,
-        "score_flops_per_token": score_flops,
-        "forward_flops_per_token": forward,
-    }
-    write_json(kept, trained)
-    return trained
+        print(f"  going on from {kept}", flush=True)
+    if "train_flops" not in done:
+        flops, score_flops, forward = count_flops(shop, run["steps"])
+        done = {
+            "source_sha256": run["source_sha256"],
+            "train_flops": flops,
+            "score_flops_per_token": score_flops,
+            "forward_flops_per_token": forward,
+        }
+        write_json(kept, done)
+    if "seconds" not in done:
+        print("  training its recipe again ...", flush=True)
+        options = [*shop.options(data), "--run_dir", str(fresh), "--device", "cpu"]
+        seconds = 0.0
+        if (fresh / "config.json").exists():
+            # A training that was broken off goes on. So far, it took no longer than from its first file to
+            # its last.
+            options = ["--resume", str(fresh)]
+            written = [path.stat().st_mtime for path in fresh.iterdir()]
+            seconds = max(written) - min(written)
+        seconds += shop.run("training its recipe again", [sys.executable, str(shop.script), *options])
+        done["seconds"] = seconds
+        write_json(kept, done)
+    return done
 
 
 def loss_limit(record, dataset):

@@ -1,6 +1,7 @@
 """A stranger's program inside walls, and the rerun of a record."""
 
 import json
+import os
 import sys
 import time
 
@@ -166,9 +167,45 @@ def test_flops_are_counted(shop, finished_run, monkeypatch):
     assert by_formula < per_token < 1.5 * by_formula
 
 
+class Interrupted(Exception):
+    pass
+
+
+def test_a_training_that_was_broken_off_goes_on(tmp_path, monkeypatch):
+    """Its FLOPs are not counted again, its folder is resumed, and the time that it took is kept."""
+    kept = tmp_path / "trained.json"
+    fresh = tmp_path / "run"
+    counted = []
+    commands = []
+
+    class Shop:
+        script = "script.py"
+
+        def options(self, data):
+            return ["--data", str(data)]
+
+        def run(self, what, command):
+            commands.append(command)
+            if len(commands) == 1:
+                fresh.mkdir()
+                for name, time in (("config.json", 1000), ("log.txt", 1060)):
+                    (fresh / name).touch()
+                    os.utime(fresh / name, (time, time))
+                raise Interrupted
+            return 5.0
+
+    monkeypatch.setattr(rerun, "count_flops", lambda shop, steps: counted.append(steps) or (1.0, 2.0, 3.0))
+    run = {"source_sha256": "a", "steps": 7}
+    with pytest.raises(Interrupted):
+        rerun.train_again(Shop(), "data", fresh, kept, run)
+    done = rerun.train_again(Shop(), "data", fresh, kept, run)
+    assert counted == [7] and done["seconds"] == 65 and done["train_flops"] == 1.0
+    assert "--run_dir" in commands[0] and commands[1][-2:] == ["--resume", str(fresh)]
+
+
 def test_a_kept_training_is_not_repeated(tmp_path):
     kept = tmp_path / "trained.json"
-    trained = {"source_sha256": "a", "seconds": 1.0}
+    trained = {"source_sha256": "a", "train_flops": 1.0, "seconds": 1.0}
     kept.write_text(json.dumps(trained))
     assert rerun.train_again(None, None, None, kept, {"source_sha256": "a"}) == trained
     with pytest.raises(reading.Refused, match="another record"):
