@@ -10,9 +10,12 @@ ablations/DATASET/plan.txt: techniques on and off, three seeds each. A title in 
 
 A line of a plan is a run: NAME, a colon, and the options that it gives to train_gpt.py. "NAME x3:" stands for
 three seeds, NAME_s0 to NAME_s2. "NAME vs OTHER x3:" names the runs to compare them with. "all: OPTIONS" are
-given to every run below it, before its own. Killed at any time, this goes on where it stopped. Started twice,
-the two share the work (one core each: taskset -c 0, taskset -c 1). A run's log is kept without the script's
-source; its first line has the sha256 of the train_gpt.py that ran, as the repository's history holds it.
+given to every run below it, before its own. "patch: FILE" applies a patch beside the plan to train_gpt.py for
+all runs below it: techniques that were tried and are not in the script.
+
+Killed at any time, this goes on where it stopped. Started twice, the two share the work (one core each: taskset
+-c 0, taskset -c 1). A run's log is kept without the script's source; its first line has the sha256 of the
+train_gpt.py that ran, as the repository's history holds it, with the patch where there is one.
 """
 
 import fcntl
@@ -54,17 +57,21 @@ PLAN_LINE = re.compile(r"(\S+)(?: vs (\S+))?(?: x(\d+))?: ?(.*)")
 def read_plan(folder):
     """What plan.txt asks for, in order, each a dict:
 
-    title (of its table), name, control (a name, or None), options, and runs, {name of the run: its options}.
+    title (of its table), name, control (a name, or None), options, patch (a file, or None), and runs, {name
+    of the run: its options}.
     """
     entries = []
     title = ""
     common = ""
+    patch = None
     for line in (folder / "plan.txt").read_text().splitlines():
         heading = re.fullmatch(r"== (.*) ==", line)
         if heading:
             title = heading[1]
         elif line.startswith("all: "):
             common = line[5:]
+        elif line.startswith("patch: "):
+            patch = folder / line[7:]
         elif line.strip() and not line.startswith("#"):
             found = PLAN_LINE.fullmatch(line)
             if not found:
@@ -75,7 +82,9 @@ def read_plan(folder):
                 runs = {f"{name}_s{seed}": [*given, "--seed", str(seed)] for seed in range(int(seeds))}
             else:
                 runs = {name: given}
-            entries.append(dict(title=title, name=name, control=control, options=options, runs=runs))
+            entries.append(
+                dict(title=title, name=name, control=control, options=options, patch=patch, runs=runs)
+            )
     return entries
 
 
@@ -113,12 +122,27 @@ def train_one():
                     except BlockingIOError:
                         continue
                     if not log.exists():
-                        train(folder, name, options, log)
+                        train(folder, name, options, log, entry["patch"])
                     return True
     return False
 
 
-def train_run(run, options):
+def patched_script(patch):
+    """train_gpt.py with a patch, in a folder of its own beside the same data."""
+    folder = ROOT / "runs" / "patched" / patch.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    script = folder / "train_gpt.py"
+    script.write_bytes((ROOT / "train_gpt.py").read_bytes())
+    if not (folder / "data").exists():
+        (folder / "data").symlink_to(ROOT / "data")
+    # Outside of any repository, for otherwise git looks for the file from its root on.
+    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    if subprocess.run(["git", "apply", patch], cwd=folder, env=env).returncode:
+        raise Refused(f"{patch}: does not fit train_gpt.py; check out the commit that added it")
+    return script
+
+
+def train_run(run, options, script=ROOT / "train_gpt.py"):
     """Train a run with these options, or the rest of it, unless it is finished. Refused where that fails."""
     if (run / "record.json").exists():
         return
@@ -129,14 +153,17 @@ def train_run(run, options):
     else:
         how = ["--run_dir", where, *options]
     print(f"==== {' '.join(how)}", flush=True)
-    if subprocess.run([sys.executable, "train_gpt.py", *how], cwd=ROOT).returncode:
+    if subprocess.run([sys.executable, os.path.relpath(script, ROOT), *how], cwd=ROOT).returncode:
         raise Refused(f"{run}: its training failed, see above; the same command goes on")
 
 
-def train(folder, name, options, kept):
+def train(folder, name, options, kept, patch):
     """Train a run of a plan, and keep its log."""
     run = ROOT / "runs" / name_of(folder, name)
-    train_run(run, options)
+    if patch:
+        train_run(run, options, patched_script(patch))
+    else:
+        train_run(run, options)
     log = (run / "log.txt").read_bytes()
     header, _, _ = log.partition(b"\n")
     _, _, rest = split_log(log)
