@@ -13,9 +13,9 @@ three seeds, NAME_s0 to NAME_s2. "NAME vs OTHER x3:" names the runs to compare t
 given to every run below it, before its own. "patch: FILE" applies a patch beside the plan to train_gpt.py for
 all runs below it: techniques that were tried and are not in the script.
 
-Killed at any time, this goes on where it stopped. Started twice, the two share the work (one core each: taskset
--c 0, taskset -c 1). A run's log is kept without the script's source; its first line has the sha256 of the
-train_gpt.py that ran, as the repository's history holds it, with the patch where there is one.
+Killed at any time, this goes on where it stopped. Started twice, the two share the work (one core each:
+taskset -c 0, taskset -c 1). A run's log is kept without the script's source; its first line has the sha256 of
+the train_gpt.py that ran, as the repository's history holds it, with the patch where there is one.
 """
 
 import fcntl
