@@ -162,6 +162,7 @@ def paired_test(a, b, spread_a, spread_b):
     return {
         "mean": mean,
         "interval": (mean - width, mean + width),
+        "error": error,
         "p": chance,
         "text": text,
         "seed": math.hypot(*(spread.sd / math.sqrt(count) for spread, count in sides)),

@@ -202,13 +202,18 @@ def read_result(path):
 
 def write_table(folder, title, lines):
     """Put a dataset's table between its marker lines, in the README beside its folder."""
-    path = folder.parent / "README.md"
-    begin = f"<!-- {folder.name}, {title}: python records/sweeps.py --table -->"
-    end = f"<!-- end of {folder.name}, {title} -->"
-    text = path.read_text()
+    page = folder.parent / "README.md"
+    write_between(page, f"{folder.name}, {title}", "python records/sweeps.py --table", lines)
+
+
+def write_between(page, title, command, lines):
+    """Put lines that this command makes between the two marker lines with this title."""
+    begin = f"<!-- {title}: {command} -->"
+    end = f"<!-- end of {title} -->"
+    text = page.read_text()
     before = text.split(begin)[0]
     after = text.split(end)[1]
-    path.write_text("\n".join([before + begin, *lines, end + after]))
+    page.write_text("\n".join([before + begin, *lines, end + after]))
 
 
 def table_head(*names):
@@ -311,9 +316,9 @@ def curve_row(folder, tokens, loss, name, runs, is_best):
 # ---- the ablations -----------------------------------------------------------------------------------------
 
 
-def write_ablations(folder):
-    """A dataset's tables in records/ablations/README.md: each group of runs, and its difference to its
-    control. Returns the groups, by name. folder: HERE / "ablations" / DATASET."""
+def read_groups(folder):
+    """The entries of a plan whose runs all have logs, {name: entry}, each with two more: logs, of
+    read_result(), and scores, as paired_test() takes them."""
     groups = {}
     for entry in read_plan(folder):
         paths = [folder / f"{name}.log" for name in entry["runs"]]
@@ -323,7 +328,22 @@ def write_ablations(folder):
             losses = np.array([log["val_loss"] for log in logs])
             scores = (np.mean(sums, axis=0), losses, logs[0]["tokens"])
             groups[entry["name"]] = entry | {"logs": logs, "scores": scores}
+    return groups
 
+
+def difference(group, control):
+    """What paired_test() says of two groups, with the spread of the seeds of both."""
+    _, losses, _ = group["scores"]
+    _, control_losses, _ = control["scores"]
+    sd = np.sqrt((losses.var(ddof=1) + control_losses.var(ddof=1)) / 2)
+    spread = Spread(float(sd), len(losses) + len(control_losses) - 2, "of both groups")
+    return paired_test(group["scores"], control["scores"], spread, spread)
+
+
+def write_ablations(folder):
+    """A dataset's tables in records/ablations/README.md: each group of runs, and its difference to its
+    control. Returns the groups, by name. folder: HERE / "ablations" / DATASET."""
+    groups = read_groups(folder)
     head = table_head(
         "run", "options", "val loss", "seeds", "difference", "95% interval", "p", "FLOPs", "log"
     )
@@ -349,14 +369,11 @@ def draw_ablations(groups):
 
 def ablation_row(folder, group, control):
     _, losses, _ = group["scores"]
-    difference = ["", "", ""]
+    compared = ["", "", ""]
     if control:
-        _, control_losses, _ = control["scores"]
-        sd = np.sqrt((losses.var(ddof=1) + control_losses.var(ddof=1)) / 2)
-        spread = Spread(float(sd), len(losses) + len(control_losses) - 2, "of both groups")
-        c = paired_test(group["scores"], control["scores"], spread, spread)
+        c = difference(group, control)
         low, high = c["interval"]
-        difference = [
+        compared = [
             f"{c['mean']:+.4f} to {control['name']}",
             f"{low:+.4f} to {high:+.4f}",
             f"{c['p']:.1g}",
@@ -371,7 +388,7 @@ def ablation_row(folder, group, control):
         group["options"],
         f"{losses.mean():.4f}",
         " ".join(f"{loss:.4f}" for loss in losses),
-        *difference,
+        *compared,
         f"{flops:.3g}",
         " ".join(links),
     ]
