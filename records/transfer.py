@@ -75,6 +75,7 @@ TECHNIQUES = (
 # Ablations on pocket that ask the same question under another name, or the other way around.
 POCKET_NAMES = {"cycles": "swa", "recall": "neither", "memory": "no_memory"}
 
+FINEWEB = "FineWeb (Slowrun)"
 DRAWS = 10_000
 
 
@@ -124,12 +125,12 @@ def rank_correlation(a, b):
 
 def read_columns():
     """{title of a column: {technique: (change in loss, standard error, p, seeds)}}, FineWeb's first."""
-    columns = {"FineWeb (Slowrun)": {}}
+    columns = {FINEWEB: {}}
     for technique in TECHNIQUES:
         gain = slowrun_gain(technique)
         if gain is not None:
             error = SLOWRUN_ERROR / np.sqrt(len(technique.slowrun))
-            columns["FineWeb (Slowrun)"][technique.name] = (gain, error, None, len(technique.slowrun))
+            columns[FINEWEB][technique.name] = (gain, error, None, len(technique.slowrun))
     for dataset, prefix, title in COLUMNS:
         groups = read_groups(HERE / "ablations" / dataset)
         names = POCKET_NAMES if dataset == "pocket" else {}
@@ -139,11 +140,11 @@ def read_columns():
 
 
 def technique_rows(columns):
-    lines = table_head("technique", *columns)
-    for technique in TECHNIQUES:
-        cells = [technique.name]
+    lines = table_head("", "technique", *columns)
+    for number, technique in enumerate(TECHNIQUES, start=1):
+        cells = [str(number), technique.name]
         for title, column in columns.items():
-            cells.append(cell(technique, column.get(technique.name), title.startswith("FineWeb")))
+            cells.append(cell(technique, column.get(technique.name), title == FINEWEB))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -173,22 +174,22 @@ def correlation_rows(columns):
 
 
 def draw_transfer(columns, theme):
-    """Each technique's gain on FineWeb against what it is worth here, a panel for each column."""
-    titles = [title for title in columns if not title.startswith("FineWeb")]
+    """Each comparable technique's change in loss on FineWeb against the one here, under its number in the
+    table: a panel for each column that has any."""
+    titles = [title for title in columns if title != FINEWEB and columns[title]]
     fig, [axes] = figure(theme, len(titles), 4)
-    fineweb = columns["FineWeb (Slowrun)"]
     for ax, title in zip(axes, titles, strict=True):
-        for name, (value, error, _, _) in columns[title].items():
-            if name in fineweb:
-                x, x_error, _, _ = fineweb[name]
-                ax.errorbar(value, x, x_error, error, "o", color=INK[theme]["blue"], elinewidth=0.8)
-                ax.annotate(
-                    name.split(":")[0][:22], (value, x), (4, 3), textcoords="offset points", fontsize=6
-                )
-        ax.axhline(0, color=INK[theme]["grid"])
-        ax.axvline(0, color=INK[theme]["grid"])
+        for number, technique in enumerate(TECHNIQUES, start=1):
+            name = technique.name
+            if technique.comparable and name in columns[title] and name in columns[FINEWEB]:
+                x, x_error, _, _ = columns[title][name]
+                y, y_error, _, _ = columns[FINEWEB][name]
+                ax.errorbar(x, y, y_error, x_error, "o", color=INK[theme]["blue"], elinewidth=0.8)
+                ax.annotate(number, (x, y), (4, 4), textcoords="offset points", fontsize=9)
+        for line in (ax.axhline, ax.axvline):
+            line(0, color=INK[theme]["text"], linewidth=0.8)
         ax.set(title=title, xlabel="change in loss here")
-    axes[0].set(ylabel="change in loss on FineWeb", ylim=(-0.05, 0.01))
+    axes[0].set(ylabel="change in loss on FineWeb")
     return fig
 
 
@@ -199,7 +200,7 @@ def main():
     write_between(page, "techniques", command, technique_rows(columns))
     write_between(page, "correlations", command, correlation_rows(columns))
     for theme in INK:
-        save_picture(HERE / "pictures" / f"transfer_{theme}.svg", draw_transfer(columns, theme), "the logs")
+        save_picture(HERE / f"transfer_{theme}.svg", draw_transfer(columns, theme), "the logs")
 
 
 if __name__ == "__main__":
