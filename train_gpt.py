@@ -68,6 +68,7 @@ HERE = Path(__file__).resolve().parent
 SCRIPT = Path(__file__).name
 SOURCE = Path(__file__).read_bytes()  # Read now, so that the log shows what runs and not a later edit.
 SOURCE_SHA256 = hashlib.sha256(SOURCE).hexdigest()
+LOG_HEAD = "==== source "
 SOURCE_END = "\n==== end of source"
 
 
@@ -1357,6 +1358,34 @@ def write_npy(path, array):
     write_file(path, buffer.getbuffer())
 
 
+def leftovers(folder):
+    """Half-written files of a run that was killed. Other files of such names are somebody's own."""
+    ours = r"((state|weights)-\d+\.[0-9a-f]{16}\.pt|config\.json|record\.json|val_nll\.npy)\.tmp"
+    return [path for path in folder.glob("*.tmp") if re.fullmatch(ours, path.name)]
+
+
+def is_free(folder):
+    """Whether a new run may have a folder: there is none, it is empty, or a run began in it that ended before
+    its first checkpoint."""
+    if not os.path.lexists(folder):
+        return True
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()} - {path.name for path in leftovers(folder)}
+    if not names <= {"config.json", "log.txt"}:
+        return False
+    if "log.txt" in names:
+        head = (folder / "log.txt").read_bytes()[: len(LOG_HEAD)]
+        if not LOG_HEAD.encode().startswith(head):
+            return False
+    if "config.json" in names:
+        try:
+            read_run(folder)
+        except UserError:
+            return False
+    return True
+
+
 def saved(folder, kind):
     """Checkpoints of a kind ("state": to resume; "weights": to score), oldest first. A state's number is
     model * 10**7 + step, padded to 7 digits, so the longer name is of the later model."""
@@ -1567,6 +1596,8 @@ def score_command(args):
         f"--score: needs --tokens FILE and --nll OUT.npy in a folder that exists, "
         f"not --tokens {args.tokens} --nll {args.nll}",
     )
+    free = not os.path.lexists(args.nll)
+    require(free, f"--nll {args.nll}: exists already; name a new file, or delete it")
     c, m, _, lookup = load_run(args.score, args)
     is_shard = args.tokens.suffix != ".npy"
     if is_shard:
@@ -1631,8 +1662,8 @@ class Log:
             try:
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                message = f"--resume {folder}: another process is at work on it; wait for it, or stop it"
-                raise UserError(message) from None
+                remedy = "wait for it, stop it, or choose another --run_dir"
+                raise UserError(f"{folder}: another process is at work on it; {remedy}") from None
 
     def __call__(self, line, show=True, pause=0.0):
         """pause: show the line only if nothing was shown for so many seconds."""
@@ -1782,7 +1813,7 @@ def begin_log(run):
     if run.progress["log_bytes"]:
         log(f"resumed at step {run.progress['step']} of model {run.progress['model'] + 1}")
     else:
-        header = f"==== source {SCRIPT} bytes={len(SOURCE)} sha256={SOURCE_SHA256}"
+        header = f"{LOG_HEAD}{SCRIPT} bytes={len(SOURCE)} sha256={SOURCE_SHA256}"
         log(f"{header}\n{SOURCE.decode()}{SOURCE_END}", show=False)
         log(f"config {json.dumps(dataclasses.asdict(c))}\ndata {json.dumps(run.meta)}", show=False)
         size = f"{len(run.plan)} model(s), the first of {n_params(c):,} parameters"
@@ -2010,14 +2041,14 @@ def finish(run):
         f"val_loss {record['val_loss']:.6f} nats per token, {record['val_bpb']:.6f} bits per byte, "
         f"{record['val_tokens']:,} tokens scored"
     )
+    # The last state is kept: it has no weights, just run.progress.
+    for path in [*saved(run.folder, "state")[:-1], *leftovers(run.folder)]:
+        path.unlink()
     log.sync()
     write_json(run.folder / "record.json", record)
     log(f"the run is in {run.folder}")
     ask_referee(run)
     log.sync()
-    # The last state is kept: it has no weights, just run.progress. A kill may have left a half-written file.
-    for path in [*saved(run.folder, "state")[:-1], *run.folder.glob("*.tmp")]:
-        path.unlink()
 
 
 # ---- dry run -----------------------------------------------------------------------------------------------
@@ -2157,8 +2188,8 @@ def train_command(given, args):
     state = load_state(folder, args.force)
     options["trial"] = options["trial"] or state["source"] != SOURCE_SHA256
     if m.is_main:
-        taken = not args.resume and (folder / "config.json").exists()
-        require(not taken, f"{folder}: another run has just taken this name; choose one with --run_dir")
+        free = args.resume or is_free(folder)
+        require(free, f"{folder}: another run has just taken this name; choose one with --run_dir")
         write_json(folder / "config.json", options | {"config": dataclasses.asdict(c), "data": meta})
     eval_inputs = evaluation_inputs(val_inputs[0], c)
     trial = options["trial"]
@@ -2204,6 +2235,11 @@ def note_signal(run, number, frame):
     run.stop_requested.append(time.monotonic())
 
 
+def parse_path(name, value):
+    require(value, f"--{name}: is empty; name a file or folder")  # Path("") is the current folder
+    return Path(value)
+
+
 def parse_args(argv):
     """(the recipe's options that were given, all others)"""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -2218,7 +2254,8 @@ def parse_args(argv):
         ("run_dir", "DIR", "folder of a new run [runs/TRACK_TIME_SEED]"),
     )
     for name, metavar, text in paths:
-        parser.add_argument(f"--{name}", type=Path, metavar=metavar, help=text)
+        parse = functools.partial(parse_path, name)
+        parser.add_argument(f"--{name}", type=parse, metavar=metavar, help=text)
     gpus = "say what a run would take on so many GPUs (default: the track's number), and train nothing"
     parser.add_argument("--dry_run", type=int, nargs="?", const=0, metavar="GPUS", help=gpus)
     parser.add_argument("--prompt", metavar="TEXT")
@@ -2246,8 +2283,9 @@ def parse_args(argv):
         args.resume = args.run_dir
         args.run_dir = None
         args.steps = None
-        exists = False
-    require(not exists, f"--run_dir {args.run_dir}: already holds a run; --resume it, or name another folder")
+    if args.run_dir:
+        remedy = "name a new folder, or --resume the run that it holds"
+        require(is_free(args.run_dir), f"--run_dir {args.run_dir}: is not empty; {remedy}")
     check_combination(given, args)
     return given, args
 

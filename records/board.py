@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from efficiency import compute_multiplier, data_efficiency, times
-from pictures import INK, draw_curve, draw_progress, figure, save_picture
+from pictures import INK, draw_curve, draw_progress, figure, is_drawn, save_picture
 from reading import (
     ROOT,
     Refused,
@@ -320,7 +320,7 @@ def stale(root):
         if not path.exists() or digest not in path.read_text()[:2000]:
             changes[path] = functools.partial(draw_into, path, draw, data, theme, digest)
     for path in (root / "records" / "pictures").glob("*.svg"):
-        if path.relative_to(root).as_posix() not in pictures:
+        if path.relative_to(root).as_posix() not in pictures and is_drawn(path):
             changes[path] = path.unlink
     return changes
 

@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -163,7 +164,7 @@ def join(folders, run):
     """Make the run, all of it or nothing. Returns the number of its members."""
     if run is None or len(folders) < 2:
         raise Refused("name several runs of different seeds, and with --run_dir a new folder")
-    if run.exists():
+    if os.path.lexists(run):
         raise Refused(f"--run_dir {run}: exists already; name a new folder")
     chains = [Chain(folder) for folder in folders]
     check_chains(chains)

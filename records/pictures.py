@@ -9,6 +9,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from efficiency import times
+from reading import Refused
 
 INK = {
     "light": {"text": "#1f2328", "grid": "#d0d7de", "blue": "#0969da", "orange": "#bc4c00"},
@@ -113,9 +114,17 @@ def draw_curve(data, theme):
     return fig
 
 
+def is_drawn(path):
+    """Whether a file is a picture that save_picture wrote: all others are somebody's own."""
+    return b"drawn from" in path.read_bytes()[:2000]
+
+
 def save_picture(path, fig, digest):
+    """Write an SVG in place of an older one. Refused where the file is anything else."""
     import matplotlib.pyplot as plt
 
+    if path.exists() and not is_drawn(path):
+        raise Refused(f"{path}: exists, and was not drawn here; choose another name, or move it away")
     path.parent.mkdir(exist_ok=True)
     fig.savefig(path, transparent=True, metadata={"Date": None, "Description": f"drawn from {digest}"})
     # Figures that stay open take memory.

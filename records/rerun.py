@@ -101,7 +101,8 @@ def count_flops(shop, steps):
         print(f"  counting the FLOPs of scoring {n:,} tokens ...", flush=True)
         shard = shop.given / f"stream_{n}.bin"
         write_shard(shard, shop.budget[:n])
-        options = ["--score", str(run), "--tokens", str(shard), "--nll", str(shop.work / "counted.npy")]
+        nll = shop.work / f"nll_{os.urandom(4).hex()}.npy"
+        options = ["--score", str(run), "--tokens", str(shard), "--nll", str(nll)]
         scoring.append(count(shop, [*options, "--device", "cpu"]))
     per_token = (scoring[1] - scoring[0]) / ((LONG_STREAM - SHORT_STREAM) * seq_len)
     forward = None

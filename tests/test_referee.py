@@ -1124,6 +1124,23 @@ def test_pictures_of_another_matplotlib_are_not_stale(copy):
     assert render(root) == []
 
 
+def test_pictures_of_others_stay(copy):
+    """Whatever its name: a picture is the board's if the board has drawn it."""
+    root, _ = copy
+    render(root)
+    folder = root / "records" / "pictures"
+    drawn = folder / "pocket_curve_dark.svg"
+    drawn.rename(folder / "of_a_track_that_is_gone.svg")
+    (folder / "mine.svg").write_text("<svg/>")
+    drawn.write_text("<svg>mine</svg>")
+    with pytest.raises(reading.Refused, match="pocket_curve_dark.svg"):
+        render(root)
+    assert drawn.read_text() == "<svg>mine</svg>"
+    drawn.unlink()
+    render(root)
+    assert (folder / "mine.svg").exists() and not (folder / "of_a_track_that_is_gone.svg").exists()
+
+
 def test_a_record_on_the_board(copy):
     root, folder = copy
     text, _ = board.board_and_pictures(root)

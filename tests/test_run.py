@@ -15,7 +15,7 @@ import torch
 
 import train_gpt as t
 from reference import EXACT, QUICK_END, config, environment, float64, run_main, weights_of
-from runs import PLAIN, ROOT, TINY, options, record_of, resume, start, wait_for
+from runs import PLAIN, ROOT, TINY, assert_refused, options, record_of, resume, start, wait_for
 
 pytestmark = pytest.mark.reference
 
@@ -87,6 +87,70 @@ def test_two_runs_that_took_one_name(tiny_data, finished_run, tmp_path):
     with pytest.raises(t.UserError, match="taken this name"):
         t.train_command(given, args)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+FOREIGN = ["log.txt", "draft.tmp", "state-0000005.0123456789abcdef.pt", "config.json", "a/b.txt"]
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_new_run_leaves_other_folders_alone(tiny_data, tmp_path, name):
+    """One file of somebody's is enough, even if a run has files of that name."""
+    run = tmp_path / "run"
+    (run / name).parent.mkdir(parents=True)
+    (run / name).write_text("{}")
+    before = contents(run)
+    assert_refused(run_main(*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN), "--run_dir")
+    assert contents(run) == before
+
+
+def test_a_new_run_takes_no_record_and_no_file(tiny_data, finished_run, tmp_path, monkeypatch):
+    """Nor a link to nowhere, and an empty name is not the current folder."""
+    record = tmp_path / "record"
+    record.mkdir()
+    for name in ("log.txt", "record.json", "val_nll.npy"):
+        shutil.copy(finished_run / name, record)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    before = contents(tmp_path)
+    monkeypatch.chdir(record)
+    for taken in (record, tmp_path / "file", tmp_path / "link", ""):
+        assert_refused(run_main(*options(**TINY, data=tiny_data), "--run_dir", taken, *PLAIN), "--run_dir")
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("left", [(), ("log.txt",), ("config.json", "log.txt", "record.json.tmp")])
+def test_a_folder_without_a_checkpoint_is_free(tiny_data, finished_run, tmp_path, left):
+    """It is empty, or a run ended in it before there was anything to resume. Its log starts afresh."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in left:
+        (run / name).write_bytes((finished_run / name.removesuffix(".tmp")).read_bytes()[:5000])
+    train_tiny(tiny_data, run, "--steps", 3)
+    assert (run / "log.txt").read_text().count(t.SOURCE_END) == 1
+    assert [line.split()[1] for line in told(run) if line.startswith("step ")] == ["1/3", "2/3", "3/3"]
+    assert not list(run.glob("*.tmp"))
+
+
+def test_what_is_put_into_a_run_later_stays(tiny_data, tmp_path):
+    run = train_tiny(tiny_data, tmp_path / "run", "--steps", 3)
+    for name in ("draft.tmp", "state-of-the-art.tmp"):
+        (run / name).write_text("mine")
+    assert run_main("--resume", run, "--members", 2, *PLAIN)[0] == 0
+    assert {path.name for path in run.glob("*.tmp")} == {"draft.tmp", "state-of-the-art.tmp"}
+
+
+def test_a_score_overwrites_nothing(tiny_data, finished_run, tmp_path):
+    out = tmp_path / "out.npy"
+    for make in (lambda: out.write_text("mine"), lambda: out.symlink_to("nowhere")):
+        make()
+        score = ("--score", finished_run, "--tokens", tiny_data / "val.bin", "--nll", out, *PLAIN)
+        assert_refused(run_main(*score), "--nll")
+        assert out.is_symlink() or out.read_text() == "mine"
+        out.unlink()
 
 
 def test_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path):
