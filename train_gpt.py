@@ -34,6 +34,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import argparse
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import hashlib
@@ -89,6 +90,44 @@ def require(condition, message):
 def first_line(e):
     lines = str(e).splitlines() or [""]
     return f"{type(e).__name__}: {lines[0][:120]}"
+
+
+MISSING = []  # what this machine turned out not to offer, and the run does without: Log tells each once
+
+
+def do_without(what, e):
+    note = f"{what} ({e.strerror or e}); the run goes on"
+    if note not in MISSING:
+        MISSING.append(note)
+
+
+class Terminal:
+    """sys.stdout or sys.stderr of a run that may outlive its terminal: what cannot be shown is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None where it was closed before the start
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # samples hold any character
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except OSError as e:
+            self.give_up(e)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError as e:
+            self.give_up(e)
+
+    def give_up(self, e):
+        # Python tries once more at its end, and would then end with an error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        do_without(f"nothing more is shown on {self.stream.name}", e)
 
 
 # ---- config ------------------------------------------------------------------------------------------------
@@ -1332,20 +1371,43 @@ def pad_items(x, n):
 # ---- checkpoint --------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def writing(path):
+    """A disk that is full, or may not be written, ends the run with a line that says what is left of it."""
+    try:
+        yield
+    except OSError as e:
+        remedy = "mend that, and start again"
+        if saved(path.parent, "state"):
+            remedy = f"what was saved is intact: mend that, and go on with --resume {path.parent}"
+        raise UserError(f"{path}: cannot be written ({e.strerror or e}); {remedy}", status=1) from None
+
+
+def sync(file):
+    """Put on disk what was written so far, where the file system can be told to."""
+    try:
+        os.fsync(file)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        do_without("this file system cannot sync: a power cut may take what was saved last", e)
+
+
 def write_file(path, data):
     """Write bytes atomically: after a crash, `path` has the old content or the new."""
     tmp = path.with_name(path.name + ".tmp")
-    try:
-        with open(tmp, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally:
-        tmp.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the rename must reach the disk, too
-    os.close(folder)
+    with writing(path):
+        try:
+            with open(tmp, "wb") as f:
+                f.write(data)
+                f.flush()
+                sync(f.fileno())
+            os.replace(tmp, path)
+        finally:
+            tmp.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        sync(folder)  # the rename must reach the disk, too
+        os.close(folder)
 
 
 def write_json(path, content):
@@ -1655,34 +1717,49 @@ class Log:
     """log.txt and the terminal, on rank 0. The file is locked: two processes would spoil each other's run."""
 
     def __init__(self, folder, m):
+        self.path = folder / "log.txt"
         self.file = None
+        self.locked = False
         self.last_shown = -math.inf
-        if m.is_main:
-            self.file = open(folder / "log.txt", "ab")
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                remedy = "wait for it, stop it, or choose another --run_dir"
-                raise UserError(f"{folder}: another process is at work on it; {remedy}") from None
+        self.n_told = 0  # of MISSING
+        if not m.is_main:
+            return
+        with writing(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "ab")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.locked = True
+        except BlockingIOError:
+            remedy = "wait for it, stop it, or choose another --run_dir"
+            raise UserError(f"{folder}: another process is at work on it; {remedy}") from None
+        except OSError as e:  # some network file systems have no locks
+            do_without("this file system has no locks: start no second process on this run", e)
 
     def __call__(self, line, show=True, pause=0.0):
         """pause: show the line only if nothing was shown for so many seconds."""
         if not self.file:
             return
-        self.file.write(line.encode() + b"\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(line.encode() + b"\n")
+            self.file.flush()
         if show and time.monotonic() - self.last_shown >= pause:
             self.last_shown = time.monotonic()
             print(line, flush=True)
+        while self.n_told < len(MISSING):
+            self.n_told += 1
+            self(MISSING[self.n_told - 1])
 
     def cut(self, length):
         """Drop what was logged after the checkpoint from which a run is resumed: the log reads as one."""
         if self.file:
-            self.file.truncate(length)
+            with writing(self.path):
+                self.file.truncate(length)
 
     def sync(self):
         """Put on disk what was written so far. Returns its length in bytes."""
-        os.fsync(self.file.fileno())
+        with writing(self.path):
+            sync(self.file.fileno())
         return self.file.tell()
 
 
@@ -2182,18 +2259,18 @@ def train_command(given, args):
     plan = training_plan(c, lookup.training_inputs(), m, options["steps"])
     set_compiled(m, args.compile, sum(model.train_flops for model in plan))
     val_inputs = lookup.inputs(val_tokens[None])
-    if m.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder, m)  # from here on the folder is this process's alone
     state = load_state(folder, args.force)
     options["trial"] = options["trial"] or state["source"] != SOURCE_SHA256
     if m.is_main:
-        free = args.resume or is_free(folder)
+        # Without a lock, a run that has not saved yet may still be under way.
+        free = args.resume or (is_free(folder) and (log.locked or not (folder / "config.json").exists()))
         require(free, f"{folder}: another run has just taken this name; choose one with --run_dir")
         write_json(folder / "config.json", options | {"config": dataclasses.asdict(c), "data": meta})
     eval_inputs = evaluation_inputs(val_inputs[0], c)
     trial = options["trial"]
     run = Run(folder, c, m, meta, trial, plan, lookup, val_inputs, eval_inputs, log, state["progress"])
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal was closed
     signal.signal(signal.SIGTERM, functools.partial(note_signal, run))
     signal.signal(signal.SIGINT, functools.partial(note_signal, run))
     train(run, state)
@@ -2306,6 +2383,11 @@ def check_combination(given, args):
 
 
 def main():
+    with contextlib.redirect_stdout(Terminal(sys.stdout)), contextlib.redirect_stderr(Terminal(sys.stderr)):
+        run_command()
+
+
+def run_command():
     is_first_local = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         given, args = parse_args(sys.argv[1:])
@@ -2324,9 +2406,8 @@ def main():
         message, status = str(e), e.status
     except KeyboardInterrupt:
         message, status = "interrupted", 130
-    except OSError as e:  # a disk that is full, or may not be written: reading is checked where it happens
-        where = e.filename or "in the run folder"
-        message = f"cannot read or write {where}: {e.strerror}; what was saved is intact, --resume goes on"
+    except OSError as e:  # while reading: write_file and Log say themselves what they could not write
+        message = f"cannot read {e.filename or 'a file'}: {e.strerror or e}"
         status = 1
     except RuntimeError as e:
         if not dist.is_initialized() or not (isinstance(e, dist.DistError) or "gloo" in str(e)):

@@ -1,11 +1,16 @@
 """Whole runs, where a test must look inside: chains, students, checkpoints, averages, compilation. What can
 be said through the command line alone is in test_contract.py."""
 
+import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import math
+import os
 import shutil
+import signal
+import stat
 import subprocess
 import sys
 
@@ -15,7 +20,20 @@ import torch
 
 import train_gpt as t
 from reference import EXACT, QUICK_END, config, environment, float64, run_main, weights_of
-from runs import PLAIN, ROOT, TINY, assert_refused, options, record_of, resume, start, wait_for
+from runs import (
+    PLAIN,
+    ROOT,
+    TINY,
+    assert_refused,
+    in_this_process,
+    log_lines,
+    options,
+    record_of,
+    resume,
+    start,
+    stop_at,
+    wait_for,
+)
 
 pytestmark = pytest.mark.reference
 
@@ -151,6 +169,116 @@ def test_a_score_overwrites_nothing(tiny_data, finished_run, tmp_path):
         assert_refused(run_main(*score), "--nll")
         assert out.is_symlink() or out.read_text() == "mine"
         out.unlink()
+
+
+# ---- what a machine may lack
+
+
+@pytest.fixture(autouse=True)
+def new_machine(monkeypatch):
+    """What the script has found out about the machine holds for a process, which all these tests share."""
+    monkeypatch.setattr(t, "MISSING", [])
+
+
+@contextlib.contextmanager
+def lost_terminal(kind):
+    """Nothing can be written to stdout and stderr."""
+    if kind == "full disk":
+        terminal = open("/dev/full", "w")
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        terminal = os.fdopen(writer, "w")
+    with terminal, contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
+        yield
+
+
+@pytest.mark.parametrize("kind", ["full disk", "closed pipe"])
+def test_a_terminal_that_is_lost(tiny_data, finished_run, tmp_path, kind):
+    """The run ends well, and its log is whole, and says so once."""
+    run = tmp_path / "run"
+    argv = [ROOT / "train_gpt.py", *options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN]
+    with lost_terminal(kind):
+        status = in_this_process(t.main, argv)
+    assert status == 0
+    assert_same_end(run, finished_run)
+    assert "\n".join(log_lines(run)).count("nothing more is shown on") == 1
+
+
+def test_ctrl_c_without_a_terminal(tiny_data, finished_run, tmp_path):
+    """With `2>&1 | tee`, the reader gets the signal, too, and is gone first. The checkpoint is still
+    written."""
+    run = tmp_path / "run"
+    recipe = options(**TINY | dict(save_every=1000), data=tiny_data)
+    with lost_terminal("closed pipe"):
+        status = stop_at(3, signal.SIGINT, run, [*recipe, "--run_dir", run, *PLAIN])
+    assert status == 130 and len(t.saved(run, "state")) == 1
+    assert resume(run)[0] == 0
+    assert_same_end(run, finished_run)
+
+
+def fails(number, when=lambda *args: True):
+    """A system call that does not work, and otherwise the true one's result: None."""
+
+    def call(*args):
+        if when(*args):
+            raise OSError(number, os.strerror(number))
+
+    return call
+
+
+def is_folder(number):
+    return stat.S_ISDIR(os.fstat(number).st_mode)
+
+
+LACKING = [
+    (t.fcntl, "flock", errno.ENOSYS, "no locks"),
+    (t.fcntl, "flock", errno.ENOLCK, "no locks"),
+    (os, "fsync", errno.EINVAL, "cannot sync"),
+]
+
+
+@pytest.mark.parametrize("module, name, number, words", LACKING)
+def test_file_systems_of_clusters(tiny_data, tmp_path, monkeypatch, module, name, number, words):
+    """No lock, or no fsync on folders: the run goes on, and says so once."""
+    when = is_folder if name == "fsync" else lambda *args: True
+    monkeypatch.setattr(module, name, fails(number, when))
+    run = train_tiny(tiny_data, tmp_path / "run", "--steps", 6)
+    assert "\n".join(log_lines(run)).count(words) == 1 and (run / "record.json").exists()
+
+
+def test_without_locks_nothing_is_taken_over(tiny_data, tmp_path, monkeypatch):
+    """A run before its first checkpoint may be under way."""
+    monkeypatch.setattr(t.fcntl, "flock", fails(errno.ENOSYS))
+    run = tmp_path / "run"
+    argv = [*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN, "--steps", 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(t, "train", fails(errno.EIO))
+        assert run_main(*argv)[0] == 1
+    before = contents(run)
+    assert before
+    assert_refused(run_main(*argv), run)
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("after, remedy", [(1, "start again"), (2, "go on with --resume")])
+def test_a_disk_that_fails(tiny_data, tmp_path, monkeypatch, after, remedy):
+    """With the first checkpoint or the second: one line that names the file, and what is left of the run."""
+    run = tmp_path / "run"
+    names = []
+    write_file = t.write_file
+
+    def noted(path, data):
+        names.append(path.name)
+        if sum(name.startswith("state-") for name in names) == after:
+            monkeypatch.setattr(os, "fsync", fails(errno.EIO))
+        write_file(path, data)
+
+    monkeypatch.setattr(t, "write_file", noted)
+    status, _, err = run_main(*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN)
+    assert status == 1 and err.count("\n") == 1
+    assert "cannot be written (Input/output error)" in err and str(run) in err and remedy in err
+    assert len(t.saved(run, "state")) == after - 1 and not list(run.glob("*.tmp"))
 
 
 def test_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path):
