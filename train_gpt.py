@@ -87,9 +87,39 @@ def require(condition, message):
         raise UserError(message)
 
 
+def printable(text):
+    """Control characters as escapes: they would act on the terminal, and spoil a log for its readers."""
+    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
+
+
 def first_line(e):
     lines = str(e).splitlines() or [""]
     return f"{type(e).__name__}: {lines[0][:120]}"
+
+
+def is_out_of_memory(e):
+    """Of a GPU, of PyTorch on a CPU (a plain RuntimeError), of numpy, or of the system."""
+    if isinstance(e, OSError):
+        return e.errno == errno.ENOMEM
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+
+
+def explain(e):
+    """(one line, exit status) of what ends a process, or None where it is a fault of this script."""
+    if isinstance(e, UserError):
+        return str(e), e.status
+    if isinstance(e, KeyboardInterrupt):
+        return str(e) or "interrupted", 130
+    if is_out_of_memory(e):
+        size = re.search(r"allocate ([\d.,]+ \w+)", str(e))
+        what = f"out of memory, {size[1]} more could not be had" if size else "out of memory"
+        remedy = "lower --device_tokens or --loss_chunk, or else the model; --dry_run says what a run takes"
+        return f"{what}: {remedy}", 1
+    if isinstance(e, OSError):  # while reading: write_file and Log say themselves what they cannot write
+        return f"cannot read {e.filename or 'a file'}: {e.strerror or e}", 1
+    if dist.is_initialized() and (isinstance(e, dist.DistError) or "gloo" in str(e)):
+        return f"lost the connection to another rank ({first_line(e)}); --resume the last checkpoint", 1
+    return None
 
 
 MISSING = []  # what this machine turned out not to offer, and the run does without: Log tells each once
@@ -406,12 +436,34 @@ class Machine:
         return self.rank == 0
 
 
+class Launch(NamedTuple):
+    """This process's place among all, and among those on this machine, as torchrun tells it."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+def launched():
+    names = [name.upper() for name in Launch._fields]
+    told = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+    remedy = "start several processes with torchrun; for one process, unset these"
+    try:
+        place = Launch(*(int(os.environ.get(name, n)) for name, n in zip(names, Launch(), strict=True)))
+    except ValueError:
+        raise UserError(f"{' '.join(told)}: not numbers; {remedy}") from None
+    fits = 0 <= place.local_rank < place.local_world_size <= place.world_size
+    fits = fits and place.local_rank <= place.rank < place.world_size
+    require(fits, f"{' '.join(told)}: do not fit together; {remedy}")
+    found = place.world_size == 1 or {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    require(found, f"{' '.join(told)}: ranks meet by RANK, MASTER_ADDR and MASTER_PORT; {remedy}")
+    return place
+
+
 def setup_machine(c, args):
     """Find the device, join the other ranks if there are several, choose dtype and attention."""
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, world_size, local_rank, local_world_size = launched()
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     if cuda:
         n_gpus = torch.cuda.device_count()
@@ -499,6 +551,15 @@ def all_reduce(m, tensor):
     return tensor
 
 
+def all_gather(m, value):
+    """The values of all ranks, any Python objects."""
+    values = [value]
+    if m.world_size > 1:
+        values = [None] * m.world_size
+        dist.all_gather_object(values, value)
+    return values
+
+
 def barrier(m):
     if m.world_size > 1:
         dist.barrier()
@@ -561,14 +622,15 @@ def check_meta(meta):
     return meta
 
 
-def read_meta(c, m):
-    """meta.json of the run's data. The pocket shards are prepared on the spot where they are missing."""
-    path = data_folder(c) / "meta.json"
-    if c.data == "pocket" and m.is_main and not path.exists():
+def find_data(c, m):
+    """The folder of the run's data. The pocket shards are prepared on the spot where they are missing."""
+    folder = data_folder(c)
+    if c.data == "pocket" and m.is_main and not (folder / "meta.json").exists():
         from_prepare("prepare_pocket")
     barrier(m)
-    require(path.exists(), f"{path}: no data there; python data/prepare.py --help says how to prepare it")
-    return read_json(path, check_meta)
+    remedy = "say with --data where it is, or prepare it: python data/prepare.py --help"
+    require(folder.is_dir(), f"{folder}: no data there; {remedy}")
+    return folder
 
 
 def with_vocabulary(c, meta):
@@ -1507,6 +1569,8 @@ def load_state(folder, force=False):
     return {"params": {}, "progress": progress | {"ranks": 0, "threads": 0}, "source": SOURCE_SHA256}
 
 
+# Where a run's data lies, and what its machine has memory for: what it computes does not depend on these.
+PLACE_OPTIONS = ("data", "device_tokens", "loss_chunk")
 RUNTIME_OPTIONS = ("steps", "device", "attention", "compile")  # chosen at the start, kept on resume
 
 
@@ -1631,27 +1695,35 @@ def evaluation_inputs(inputs, c):
     return np.stack([inputs[start : start + T + 1] for start in starts[chosen]])
 
 
-def load_run(folder, args):
+def in_place(c, given):
+    """The config of a run with those of PLACE_OPTIONS that were given for this machine."""
+    c = dataclasses.replace(c, **{name: given[name] for name in PLACE_OPTIONS if name in given})
+    check_config(c)
+    return c
+
+
+def load_run(folder, given, args):
     """(Config, Machine, meta, Lookup) of a run folder that is to be scored."""
     c, meta, _ = read_run(folder)
+    c = in_place(c, given)
     m = setup_machine(c, args)
     train_tokens = None
     if c.memory:
-        path = data_folder(c) / "train.bin"
+        path = find_data(c, m) / "train.bin"
         train_tokens = read_shard(path, c.vocab_size, meta["sha256"]["train.bin"])[: c.train_tokens]
     return c, m, meta, Lookup(train_tokens, c)
 
 
-def sample_command(args):
+def sample_command(given, args):
     """--sample RUN --prompt TEXT: the prompt, and what the run's models write after it."""
-    c, m, meta, lookup = load_run(args.sample, args)
+    c, m, meta, lookup = load_run(args.sample, given, args)
     encoding = from_prepare("get_encoding", meta["tokenizer"])
     prompt = [c.bos_id, *encoding.encode_ordinary(args.prompt or "")]
     written = sample(args.sample, c, m, lookup, prompt, args.length or 500)
-    print(encoding.decode([i for i in prompt + written if i != c.bos_id]))
+    print(printable(encoding.decode([i for i in prompt + written if i != c.bos_id])))
 
 
-def score_command(args):
+def score_command(given, args):
     """--score RUN --tokens FILE --nll OUT.npy: the contract that a referee relies on."""
     require(
         args.tokens and args.nll and args.nll.suffix == ".npy" and args.nll.parent.is_dir(),
@@ -1660,7 +1732,7 @@ def score_command(args):
     )
     free = not os.path.lexists(args.nll)
     require(free, f"--nll {args.nll}: exists already; name a new file, or delete it")
-    c, m, _, lookup = load_run(args.score, args)
+    c, m, _, lookup = load_run(args.score, given, args)
     is_shard = args.tokens.suffix != ".npy"
     if is_shard:
         streams = read_shard(args.tokens, c.vocab_size)[None]
@@ -1832,6 +1904,7 @@ class Run:
     clock_start: float = 0.0  # where the clock would have begun, had the run never been interrupted
     stop_requested: list = dataclasses.field(default_factory=list)  # times of the signals that asked for it
     training_over: bool = False
+    finished: bool = False  # its record is written
 
     def seconds(self):
         return time.monotonic() - self.clock_start
@@ -1856,13 +1929,37 @@ def compile_all(models, m):
     if m.compiled and models:
         if m.is_main:
             print("compiling, which takes a minute or two the first time ...", flush=True)
+        failure = None
         try:
             for model in distinct_models(models):
                 compile_model(model, m)
-        except RuntimeError as e:  # torch._dynamo raises compilers' errors as these
-            set_compiled(m, "auto", failure=f"the compiler failed, {first_line(e)}")
+        except (RuntimeError, OSError, MemoryError) as e:
+            failure = compile_failure(e)
+        # What one rank cannot do, none does.
+        failures = [f"rank {rank}: {text}" for rank, text in enumerate(all_gather(m, failure)) if text]
+        out_of_memory = [text for text in failures if "out of memory" in text]
+        if out_of_memory:
+            raise UserError(f"compiling on {out_of_memory[0]}", status=1)
+        if failures:
+            set_compiled(m, "auto", failure=failures[0])
     barrier(m)
     return time.monotonic() - began
+
+
+def compile_failure(e):
+    """What went wrong while compiling. Without enough memory the plain functions would fail, too: they need
+    more. torch._dynamo raises whatever a compiler said as a RuntimeError, with the cause behind it."""
+    causes = [e]
+    while causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(causes[-1].__cause__ or causes[-1].__context__)
+    for cause in causes:
+        if is_out_of_memory(cause):
+            return explain(cause)[0]
+    for cause in causes:
+        if isinstance(cause, OSError):
+            where = cause.filename or "TORCHINDUCTOR_CACHE_DIR"
+            return f"the compiler cannot write or run {where}, {cause.strerror or cause}"
+    return f"the compiler failed, {first_line(e)}"
 
 
 def compile_model(model, m):
@@ -2051,8 +2148,7 @@ def train_model(run, model, state):
         if saving:
             save_state(run, p, optimizer, ema)
         if stop:
-            command = f"python {SCRIPT} --resume {run.folder}"
-            raise UserError(f"stopped at {where} and saved; go on with: {command}", status=130)
+            raise stopped(run, f"stopped at {where} and saved")
     return ema or p
 
 
@@ -2110,8 +2206,8 @@ def finish(run):
         encoding = from_prepare("get_encoding", run.meta["tokenizer"])
         prompt = [c.bos_id, *run.val_inputs[0, 1:200, 0].tolist()]
         written = sample(run.folder, c, m, run.lookup, prompt, 300)
-        log(f"---- the beginning of the validation text\n{encoding.decode(prompt[1:])}")
-        log(f"---- what the model writes after it\n{encoding.decode(written)}\n----")
+        log(f"---- the beginning of the validation text\n{printable(encoding.decode(prompt[1:]))}")
+        log(f"---- what the model writes after it\n{printable(encoding.decode(written))}\n----")
     except Exception as e:  # a tokenizer that fails must not spoil a finished run
         log(f"no sample: {first_line(e)}")
     log(
@@ -2123,6 +2219,7 @@ def finish(run):
         path.unlink()
     log.sync()
     write_json(run.folder / "record.json", record)
+    run.finished = True
     log(f"the run is in {run.folder}")
     ask_referee(run)
     log.sync()
@@ -2236,7 +2333,7 @@ def train_command(given, args):
     else:
         c = make_config(given)
         m = setup_machine(c, args)
-        meta = read_meta(c, m)
+        meta = read_json(find_data(c, m) / "meta.json", check_meta)
         # Fixed now: a resumed run must not choose again.
         c = dataclasses.replace(
             with_vocabulary(c, meta), dtype="bf16" if m.dtype == torch.bfloat16 else "fp32"
@@ -2246,13 +2343,15 @@ def train_command(given, args):
         if m.world_size > 1:  # the clocks of the ranks may differ
             dist.broadcast_object_list(names, src=0, device=m.device)
         folder = Path(names[0])
+    check_machine(c, m, args)
     rows = c.batch_tokens // c.seq_len
     fits = rows % m.world_size == 0
     require(
         fits, f"--batch_tokens {c.batch_tokens}: {rows} sequences do not divide among {m.world_size} ranks"
     )
-    train_tokens = read_shard(data_folder(c) / "train.bin", c.vocab_size, meta["sha256"]["train.bin"])
-    val_tokens = read_shard(data_folder(c) / "val.bin", c.vocab_size, meta["sha256"]["val.bin"])
+    data = find_data(c, m)
+    train_tokens = read_shard(data / "train.bin", c.vocab_size, meta["sha256"]["train.bin"])
+    val_tokens = read_shard(data / "val.bin", c.vocab_size, meta["sha256"]["val.bin"])
     enough = len(train_tokens) >= c.train_tokens
     require(enough, f"--train_tokens {c.train_tokens}: train.bin has only {len(train_tokens)}; lower it")
     lookup = Lookup(train_tokens[: c.train_tokens], c)
@@ -2273,9 +2372,38 @@ def train_command(given, args):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal was closed
     signal.signal(signal.SIGTERM, functools.partial(note_signal, run))
     signal.signal(signal.SIGINT, functools.partial(note_signal, run))
-    train(run, state)
-    run.training_over = True
-    finish(run)
+    try:
+        train(run, state)
+        run.training_over = True
+        # A signal since the last step stops the run here, on all ranks.
+        if any(all_gather(m, bool(run.stop_requested))):
+            raise stopped(run)
+        finish(run)
+    except (Exception, KeyboardInterrupt) as e:
+        explained = explain(e)
+        if explained:
+            log(explained[0], show=False)
+        raise
+
+
+def check_machine(c, m, args):
+    """Refuse to train a track for GPUs, unasked, on what takes weeks or runs out of memory."""
+    if "max_ranks" not in read_rules(c.track):
+        return
+    if m.device.type == "cpu" and args.device != "cpu":
+        reason = "none is there"
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as e:  # a driver that is too old, or a PyTorch without CUDA
+            reason = first_line(e)
+        message = f"--track {c.track}: needs a GPU, and torch can use none ({reason}); mend that"
+        raise UserError(f"{message}, or add --device cpu to train on the CPU all the same")
+    fits = m.device.type == "cpu" or m.attention != "sdpa" or args.attention == "sdpa"
+    require(
+        fits,
+        f"--track {c.track}: only {m.reasons['attention']} is left, which takes more memory than a GPU has; "
+        "update PyTorch and the driver, or add --attention sdpa to try it all the same",
+    )
 
 
 def continued(given, args):
@@ -2283,6 +2411,7 @@ def continued(given, args):
     args that were left open become the run's."""
     folder = args.resume
     c, meta, options = read_run(folder)
+    c = in_place(c, given)
     for name in RUNTIME_OPTIONS:
         if getattr(args, name) in (None, "auto"):
             setattr(args, name, options[name])
@@ -2307,9 +2436,16 @@ def note_signal(run, number, frame):
     """Asked once, a run stops after its step. Asked again later, or after training, it stops at once. Within
     ten seconds it counts as once: torchrun passes on a Ctrl-C that the terminal has sent already."""
     again = run.stop_requested and time.monotonic() > run.stop_requested[0] + 10
-    if again or run.training_over:
-        raise UserError(f"stopped; go on with: python {SCRIPT} --resume {run.folder}", status=130)
     run.stop_requested.append(time.monotonic())
+    if again or run.training_over:
+        raise stopped(run)
+
+
+def stopped(run, where="stopped"):
+    """What ends a run that was asked to stop: nothing takes a KeyboardInterrupt for an error of its own."""
+    if run.finished:
+        return KeyboardInterrupt(f"{where}; the run is finished, see {run.folder}/record.json")
+    return KeyboardInterrupt(f"{where}; go on with: python {SCRIPT} --resume {run.folder}")
 
 
 def parse_path(name, value):
@@ -2351,6 +2487,10 @@ def parse_args(argv):
         text = f"{comments.get(field.name, '')} [{SMALL.get(field.name, field.default)}]".replace("%", "%%")
         option = recipe.add_argument(f"--{field.name}", type=parse, default=argparse.SUPPRESS, help=text)
         option.metavar = metavars[field.type]
+    for before, word in itertools.pairwise(["", *argv]):
+        # A name with a newline in it would forge lines of the log.
+        fits = word.isprintable() or before == "--prompt" or word.startswith("--prompt=")
+        require(fits, f"{word!a}: has characters that cannot be printed; leave them out")
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if name in Config.__dataclass_fields__}
     exists = args.run_dir and (args.run_dir / "config.json").exists()
@@ -2372,9 +2512,13 @@ def check_combination(given, args):
     commands = [name for name in ("resume", "score", "sample", "dry_run") if getattr(args, name) is not None]
     require(len(commands) < 2, f"--{' --'.join(commands)}: choose one")
     command = commands[0] if commands else "train"
+    fitting = Config.__dataclass_fields__
+    if command == "resume":
+        fitting = ("members", "student", *PLACE_OPTIONS)
+    elif command in ("score", "sample"):
+        fitting = PLACE_OPTIONS
     for name in given:
-        fits = command in ("train", "dry_run") or (command == "resume" and name in ("members", "student"))
-        require(fits, f"--{name}: is for a new run, leave it out")
+        require(name in fitting, f"--{name}: is for a new run, leave it out")
     owners = dict(tokens="score", nll="score", prompt="sample", length="sample", force="resume")
     for name, owner in (owners | dict(run_dir="train", steps="train")).items():
         fits = getattr(args, name) in (None, False) or command == owner
@@ -2384,40 +2528,33 @@ def check_combination(given, args):
 
 def main():
     with contextlib.redirect_stdout(Terminal(sys.stdout)), contextlib.redirect_stderr(Terminal(sys.stderr)):
-        run_command()
+        run_command(sys.argv[1:])
 
 
-def run_command():
-    is_first_local = os.environ.get("LOCAL_RANK", "0") == "0"
+def run_command(argv):
+    is_first_local = True
     try:
-        given, args = parse_args(sys.argv[1:])
+        is_first_local = launched().local_rank == 0
+        given, args = parse_args(argv)
         if args.score:
-            score_command(args)
+            score_command(given, args)
         elif args.sample:
-            sample_command(args)
+            sample_command(given, args)
         elif args.dry_run is not None:
             dry_run(make_config(given), args.dry_run)
         else:
             train_command(given, args)
         if dist.is_initialized():
             dist.destroy_process_group()
-        return
-    except UserError as e:
-        message, status = str(e), e.status
-    except KeyboardInterrupt:
-        message, status = "interrupted", 130
-    except OSError as e:  # while reading: write_file and Log say themselves what they could not write
-        message = f"cannot read {e.filename or 'a file'}: {e.strerror or e}"
-        status = 1
-    except RuntimeError as e:
-        if not dist.is_initialized() or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
+    except (Exception, KeyboardInterrupt) as e:
+        explained = explain(e)
+        if explained is None:
             raise
-        message = f"lost the connection to another rank ({first_line(e)}); --resume the last checkpoint"
-        status = 1
-        is_first_local = True
-    if is_first_local:
-        print(f"{SCRIPT}: {message}", file=sys.stderr)
-    sys.exit(status)
+        message, status = explained
+        # What the user did, all ranks notice; what happened to a rank, it says itself.
+        if is_first_local or not isinstance(e, (UserError, KeyboardInterrupt)):
+            print(f"{SCRIPT}: {message}", file=sys.stderr)
+        sys.exit(status)
 
 
 if __name__ == "__main__":

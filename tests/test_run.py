@@ -1,7 +1,9 @@
 """Whole runs, where a test must look inside: chains, students, checkpoints, averages, compilation. What can
 be said through the command line alone is in test_contract.py."""
 
+import argparse
 import contextlib
+import copy
 import dataclasses
 import errno
 import functools
@@ -13,6 +15,7 @@ import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,15 +208,26 @@ def test_a_terminal_that_is_lost(tiny_data, finished_run, tmp_path, kind):
     assert "\n".join(log_lines(run)).count("nothing more is shown on") == 1
 
 
-def test_ctrl_c_without_a_terminal(tiny_data, finished_run, tmp_path):
+def signaled(function, *, when=lambda *args: True):
+    def call(*args, **kwargs):
+        if when(*args):
+            os.kill(os.getpid(), signal.SIGINT)
+        return function(*args, **kwargs)
+
+    return call
+
+
+def test_ctrl_c_without_a_terminal(tiny_data, finished_run, tmp_path, monkeypatch):
     """With `2>&1 | tee`, the reader gets the signal, too, and is gone first. The checkpoint is still
     written."""
     run = tmp_path / "run"
     recipe = options(**TINY | dict(save_every=1000), data=tiny_data)
-    with lost_terminal("closed pipe"):
-        status = stop_at(3, signal.SIGINT, run, [*recipe, "--run_dir", run, *PLAIN])
-    assert status == 130 and len(t.saved(run, "state")) == 1
-    assert resume(run)[0] == 0
+    step = signaled(t.train_step, when=lambda p, optimizer, model, step, *args: step == 3)
+    with monkeypatch.context() as patch, lost_terminal("closed pipe"):
+        patch.setattr(t, "train_step", step)
+        status = in_this_process(t.main, [ROOT / "train_gpt.py", *recipe, "--run_dir", run, *PLAIN])
+    assert status == 130 and [path.name[:13] for path in t.saved(run, "state")] == ["state-0000004"]
+    assert run_main("--resume", run)[0] == 0
     assert_same_end(run, finished_run)
 
 
@@ -281,6 +295,150 @@ def test_a_disk_that_fails(tiny_data, tmp_path, monkeypatch, after, remedy):
     assert len(t.saved(run, "state")) == after - 1 and not list(run.glob("*.tmp"))
 
 
+def test_out_of_memory(tiny_data, tmp_path):
+    """A model of 29 trillion parameters: one line that says what to lower, also in the log. The corrected
+    command then takes the same folder."""
+    run = tmp_path / "run"
+    recipe = options(**TINY | dict(mlp_hidden=10**11), data=tiny_data)
+    status, _, err = run_main(*recipe, "--run_dir", run, *PLAIN, "--steps", 3)
+    assert status == 1 and err.count("\n") == 1 and "out of memory" in err and "--device_tokens" in err
+    assert log_lines(run)[-1].startswith("out of memory")
+    train_tiny(tiny_data, run, "--steps", 3)
+
+
+LAUNCHES = [
+    (dict(RANK=1), "RANK=1"),
+    (dict(WORLD_SIZE=2), "WORLD_SIZE=2"),
+    (dict(LOCAL_RANK=1), "LOCAL_RANK=1"),
+    (dict(RANK=2, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=1), "RANK=2"),
+    (dict(RANK=-1, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=1), "RANK=-1"),
+    (dict(RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2), "MASTER_ADDR"),
+    (dict(WORLD_SIZE="two"), "WORLD_SIZE=two"),
+]
+
+
+@pytest.mark.parametrize("env, named", LAUNCHES)
+def test_launchers_that_tell_half(tiny_data, tmp_path, monkeypatch, env, named):
+    """One line on whatever rank this is, and nothing is trained."""
+    for name, value in env.items():
+        monkeypatch.setenv(name, str(value))
+    run = tmp_path / "run"
+    assert_refused(run_main(*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN), named, run)
+
+
+def test_a_run_follows_its_data(tiny_data, finished_run, tmp_path, monkeypatch):
+    """To where it is now, if it is the same; a later command finds it there by itself."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_data, "data")
+    argv = [*options(**TINY, data="./data"), "--run_dir", tmp_path / "run", *PLAIN]
+    assert stop_at(11, signal.SIGTERM, tmp_path / "run", argv) == 130
+    Path("data").rename("moved")
+    assert_refused(run_main("--resume", "run", *PLAIN), "--data")
+    other = Path(shutil.copytree("moved", "other"))
+    (other / "train.bin").write_bytes(b"\0" + (other / "train.bin").read_bytes()[1:])
+    assert_refused(run_main("--resume", "run", "--data", "./other", *PLAIN), "other/train.bin")
+    assert run_main("--resume", "run", "--data", "./moved", *PLAIN)[0] == 0
+    assert_same_end(tmp_path / "run", finished_run)
+    assert run_main("--resume", "run", "--members", 2, *PLAIN)[0] == 0
+
+
+def test_a_score_follows_the_data_and_the_machine(tiny_data, tmp_path):
+    """The training tokens, which look-ups need, are elsewhere; and another number of tokens fits into
+    memory."""
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    run = train_tiny(data, tmp_path / "run", "--steps", 3, memory="2,5")
+    data.rename(tmp_path / "moved")
+    score = ("--score", run, "--tokens", tiny_data / "val.bin", "--nll", tmp_path / "nll.npy", *PLAIN)
+    assert_refused(run_main(*score), "--data")
+    place = ("--data", tmp_path / "moved", "--device_tokens", 64, "--loss_chunk", 50)
+    assert run_main(*score, *place)[0] == 0
+    nll = np.load(tmp_path / "nll.npy").astype(np.float64)
+    # Sums of float32 in another order.
+    assert nll.sum() / 3009 == pytest.approx(record_of(run)["val_loss"], rel=1e-5)
+    assert_refused(run_main(*score, "--softcap", 20), "--softcap")
+
+
+ENDS = [
+    ("save_tensors", lambda folder, kind, *args: kind == "weights"),
+    ("run_nll", lambda *args: True),
+    ("from_prepare", lambda *args: True),
+]
+
+
+@pytest.mark.parametrize("name, when", ENDS)
+def test_stopped_at_the_end(tiny_data, finished_run, tmp_path, monkeypatch, name, when):
+    """Between training and scoring, while it is scored, and where a sample is written: the run stops, says
+    how to go on, and goes on."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(t, name, signaled(getattr(t, name), when=when))
+        status, _, err = run_main(*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN)
+    assert status == 130 and err.count("\n") == 1 and f"--resume {run}" in err
+    assert log_lines(run)[-1] == err.strip().removeprefix("train_gpt.py: ")
+    assert not (run / "record.json").exists()
+    assert run_main("--resume", run)[0] == 0
+    assert_same_end(run, finished_run)
+
+
+def test_stopped_when_all_is_done(tiny_data, finished_run, tmp_path, monkeypatch):
+    """There is nothing to go on with, and the line says so."""
+    run = tmp_path / "run"
+    when = lambda log, line, *args: line.startswith("the run is in")  # noqa: E731
+    monkeypatch.setattr(t.Log, "__call__", signaled(t.Log.__call__, when=when))
+    status, _, err = run_main(*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN)
+    assert status == 130 and err.count("\n") == 1 and "finished" in err and "--resume" not in err
+    assert_same_end(run, finished_run)
+
+
+def test_names_forge_no_lines(tiny_data, tmp_path):
+    run = tmp_path / "a\nval_loss 0.1"
+    assert_refused(run_main(*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN), "val_loss 0.1", run)
+
+
+def test_samples_control_no_terminal(finished_run, monkeypatch):
+    """Whatever the model writes, and whatever it is given."""
+    monkeypatch.setattr(t, "from_prepare", lambda *args: Encoding())
+    argv = ("--sample", finished_run, "--prompt", "\x1b[31m", *PLAIN)
+    status, out, _ = run_main(*argv)
+    assert status == 0 and out == "a\tb\n\\x1b[2J\\x07\\r\\x85é\n"
+
+
+class Encoding:
+    def encode_ordinary(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return "a\tb\n\x1b[2J\x07\r\x85é"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_gpu_track_without_a_gpu(tiny_data, tmp_path):
+    run = tmp_path / "run"
+    recipe = options(**TINY | dict(track="mini"), data=tiny_data)
+    assert_refused(run_main(*recipe, "--run_dir", run, "--steps", 1), "--device cpu", run)
+    assert run_main(*recipe, "--run_dir", run, "--steps", 1, *PLAIN)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "track, found, wanted, fits",
+    [
+        ("mini", "sdpa", "auto", False),
+        ("mini", "sdpa", "sdpa", True),
+        ("mini", "flex", "auto", True),
+        ("pocket", "sdpa", "auto", True),
+    ],
+)
+def test_a_gpu_track_without_its_kernels(track, found, wanted, fits):
+    """SDPA, which would run out of memory, is no fallback there."""
+    m = t.Machine(torch.device("cuda"), torch.bfloat16, attention=found)
+    m.reasons["attention"] = "sdpa (varlen does not work here: no kernel)"
+    args = argparse.Namespace(device="auto", attention=wanted)
+    with (
+        contextlib.nullcontext() if fits else pytest.raises(t.UserError, match="no kernel.*--attention sdpa")
+    ):
+        t.check_machine(config(track=track), m, args)
+
+
 def test_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path):
     """With one line, and with checkpoints on disk that are all finite."""
     run = tmp_path / "run"
@@ -311,6 +469,7 @@ def test_scoring_from_memory_needs_the_training_tokens(tiny_data, tmp_path):
     # Each NLL was rounded to float32, which is off by 2**-24 of it.
     assert nll.sum() / 3009 == pytest.approx(record_of(run)["val_loss"], rel=2**-24)
     (data / "train.bin").unlink()
+    (tmp_path / "nll.npy").unlink()
     status, _, err = run_main(*score)
     assert status == 2 and "train.bin" in err and err.count("\n") == 1
 
@@ -685,17 +844,59 @@ def test_compiled_before_the_clock_and_never_again(tiny_data, tmp_path, monkeypa
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 10
 
 
-def test_a_compiler_that_fails(tiny_data, tmp_path, monkeypatch):
-    """The run goes on uncompiled, and the log says why."""
-
+def raises(error, cause=None):
     def broken(*args, **kwargs):
-        raise RuntimeError("no space left for a kernel")
+        raise copy.copy(error) from copy.copy(cause)  # not the one that keeps the frames of an earlier test
 
-    monkeypatch.setattr(t, "compile_model", broken)
+    return broken
+
+
+UNWRITABLE = PermissionError(errno.EACCES, "Permission denied", "/cache")
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+COMPILERS = [
+    (RuntimeError("no kernel"), None, "the compiler failed, RuntimeError: no kernel"),
+    (UNWRITABLE, None, "cannot write or run /cache, Permission denied"),
+    (RuntimeError("inductor"), UNWRITABLE, "cannot write or run /cache, Permission denied"),
+]
+
+
+def compile_with(tiny_data, run):
     argv = ["--device", "cpu", "--compile", "on", "--steps", 3]
-    status, out, err = run_main(*options(**TINY, data=tiny_data), "--run_dir", tmp_path / "run", *argv)
+    return run_main(*options(**TINY, data=tiny_data), "--run_dir", run, *argv)
+
+
+@pytest.mark.parametrize("error, cause, words", COMPILERS)
+def test_a_compiler_that_fails(tiny_data, tmp_path, monkeypatch, error, cause, words):
+    """The run goes on uncompiled, and the log says why, and on which rank."""
+    monkeypatch.setattr(t, "compile_model", raises(error, cause))
+    status, out, err = compile_with(tiny_data, tmp_path / "run")
     assert status == 0, err
-    assert "compiled: no (the compiler failed, RuntimeError: no space left" in out
+    assert "compiled: no (rank 0: the " in out and words in out
+
+
+@pytest.mark.parametrize("cause", [None, NO_MEMORY, MemoryError()])
+def test_out_of_memory_while_compiling(tiny_data, tmp_path, monkeypatch, cause):
+    """Uncompiled, it would need more. The same command with less then takes the same folder."""
+    error = RuntimeError("inductor") if cause else NO_MEMORY
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(t, "compile_model", raises(error, cause))
+        status, _, err = compile_with(tiny_data, run)
+    assert (
+        status == 1 and err.count("\n") == 1 and "rank 0: out of memory" in err and "--device_tokens" in err
+    )
+    assert "out of memory" in log_lines(run)[-1]
+    train_tiny(tiny_data, run, "--steps", 3)
+
+
+def test_a_compiler_that_fails_on_another_rank(monkeypatch):
+    """No rank compiles where one cannot."""
+    m = t.Machine(torch.device("cpu"), torch.float32, compiled=True)
+    monkeypatch.setattr(t, "all_gather", lambda m, value: [value, "the compiler failed"])
+    monkeypatch.setattr(t, "compile_model", lambda *args: None)
+    monkeypatch.setattr(t, "distinct_models", lambda models: models)
+    t.compile_all(["a model"], m)
+    assert not m.compiled and m.block is t.block and "(rank 1: the compiler failed)" in m.reasons["compiled"]
 
 
 # ---- mistakes of the user that are of this recipe: one line that names the option, status 2, nothing written
