@@ -1491,23 +1491,21 @@ def leftovers(folder):
 def is_free(folder):
     """Whether a new run may have a folder: there is none, it is empty, or a run began in it that ended before
     its first checkpoint."""
-    if not os.path.lexists(folder):
-        return True
     if not folder.is_dir():
+        return not os.path.lexists(folder)
+    held = {path.name: path for path in set(folder.iterdir()) - set(leftovers(folder))}
+    if not held.keys() <= {"config.json", "log.txt"} or not all(path.is_file() for path in held.values()):
         return False
-    names = {path.name for path in folder.iterdir()} - {path.name for path in leftovers(folder)}
-    if not names <= {"config.json", "log.txt"}:
-        return False
-    if "log.txt" in names:
-        head = (folder / "log.txt").read_bytes()[: len(LOG_HEAD)]
-        if not LOG_HEAD.encode().startswith(head):
-            return False
-    if "config.json" in names:
-        try:
+    head = b""
+    if "log.txt" in held:
+        with open(held["log.txt"], "rb") as f:
+            head = f.read(len(LOG_HEAD))
+    try:
+        if "config.json" in held:
             read_run(folder)
-        except UserError:
-            return False
-    return True
+    except UserError:
+        return False
+    return LOG_HEAD.encode().startswith(head)
 
 
 def saved(folder, kind):
@@ -2435,9 +2433,8 @@ def continued(given, args):
 def note_signal(run, number, frame):
     """Asked once, a run stops after its step. Asked again later, or after training, it stops at once. Within
     ten seconds it counts as once: torchrun passes on a Ctrl-C that the terminal has sent already."""
-    again = run.stop_requested and time.monotonic() > run.stop_requested[0] + 10
     run.stop_requested.append(time.monotonic())
-    if again or run.training_over:
+    if run.training_over or run.stop_requested[-1] > run.stop_requested[0] + 10:
         raise stopped(run)
 
 

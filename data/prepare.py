@@ -232,6 +232,9 @@ def write_dataset(out, splits, tokenizer, source, expect=None, remedy=None):
     folder = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
+        for name in files:
+            if not may_replace(out / name):
+                raise DataError(f"{out / name}: exists, and is of no dataset; name another folder with --out")
         if not all(is_written(out / name, data) for name, data in files.items()):
             (out / "meta.json").unlink(missing_ok=True)
             for name, data in files.items():
@@ -240,6 +243,17 @@ def write_dataset(out, splits, tokenizer, source, expect=None, remedy=None):
         os.close(folder)
     sizes = ", ".join(f"{name} {len(tokens):,}" for name, tokens in splits.items())
     print(f"{os.path.relpath(out)}: {sizes} tokens ({tokenizer}) from {source}", flush=True)
+
+
+def may_replace(path):
+    """Whether a dataset's file can go here: nothing is there, or the same file of an older dataset."""
+    if not path.is_file():
+        return not os.path.lexists(path)
+    with open(path, "rb") as f:
+        head = f.read(1024)
+    if path.suffix == ".json":
+        return b'"tokenizer"' in head
+    return head[:4] == MAGIC.to_bytes(4, "little")
 
 
 def is_written(path, data):

@@ -116,6 +116,23 @@ def test_changed_source_is_noticed_before_anything_is_written(tmp_path):
     assert not (tmp_path / "d").exists()
 
 
+@pytest.mark.parametrize("name", ["train.bin", "meta.json"])
+def test_nothing_but_a_dataset_is_overwritten(tmp_path, call, name):
+    """An older dataset makes way, and anything else of these names stays."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"Line {i} is unlike all others.\n" for i in range(3000)))
+    out = tmp_path / "out"
+    command = ("text", text, "--out", out)
+    assert call(prepare.main, *command)[0] == 0
+    text.write_text(text.read_text() + "And one more.\n")
+    assert call(prepare.main, *command)[0] == 0
+    (out / name).write_text("mine")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    status, _, err = call(prepare.main, *command)
+    assert status == 2 and err.count("\n") == 1 and name in err and "--out" in err
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
 def test_prepared_again_under_a_reader(tmp_path):
     """Whole data is not touched, so no reader misses it; what is damaged is written again."""
     splits = {name: np.arange(2000, dtype=np.uint16) % 256 for name in ("val", "test", "train")}

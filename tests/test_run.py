@@ -34,7 +34,6 @@ from runs import (
     record_of,
     resume,
     start,
-    stop_at,
     wait_for,
 )
 
@@ -330,8 +329,10 @@ def test_a_run_follows_its_data(tiny_data, finished_run, tmp_path, monkeypatch):
     """To where it is now, if it is the same; a later command finds it there by itself."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_data, "data")
-    argv = [*options(**TINY, data="./data"), "--run_dir", tmp_path / "run", *PLAIN]
-    assert stop_at(11, signal.SIGTERM, tmp_path / "run", argv) == 130
+    step = signaled(t.train_step, when=lambda p, optimizer, model, step, *args: step == 11)
+    with monkeypatch.context() as patch:
+        patch.setattr(t, "train_step", step)
+        assert run_main(*options(**TINY, data="./data"), "--run_dir", "run", *PLAIN)[0] == 130
     Path("data").rename("moved")
     assert_refused(run_main("--resume", "run", *PLAIN), "--data")
     other = Path(shutil.copytree("moved", "other"))
