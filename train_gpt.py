@@ -50,6 +50,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -461,8 +462,24 @@ def launched():
     return place
 
 
+def check_compiler_cache():
+    """Replace a TORCHINDUCTOR_CACHE_DIR that cannot be written by a temporary folder. PyTorch makes it with the
+    first backward pass, compiled or not, and would fail there."""
+    path = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if not path:
+        return
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as e:
+        do_without(f"TORCHINDUCTOR_CACHE_DIR {path}: cannot be written, so a temporary folder is used", e)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchinductor_")
+
+
 def setup_machine(c, args):
     """Find the device, join the other ranks if there are several, choose dtype and attention."""
+    check_compiler_cache()
     rank, world_size, local_rank, local_world_size = launched()
     cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
     if cuda:

@@ -875,6 +875,14 @@ def test_a_compiler_that_fails(tiny_data, tmp_path, monkeypatch, error, cause, w
     assert "compiled: no (rank 0: the " in out and words in out
 
 
+def test_a_cache_that_cannot_be_written(tiny_data, tmp_path, monkeypatch):
+    """PyTorch would fail where it makes the folder, with the first backward pass."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/dev/null/x")
+    run = train_tiny(tiny_data, tmp_path / "run", "--steps", 3)
+    assert any(line.startswith("TORCHINDUCTOR_CACHE_DIR /dev/null/x") for line in log_lines(run))
+    assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_dir()
+
+
 @pytest.mark.parametrize("cause", [None, NO_MEMORY, MemoryError()])
 def test_out_of_memory_while_compiling(tiny_data, tmp_path, monkeypatch, cause):
     """Uncompiled, it would need more. The same command with less then takes the same folder."""
