@@ -463,8 +463,8 @@ def launched():
 
 
 def check_compiler_cache():
-    """Replace a TORCHINDUCTOR_CACHE_DIR that cannot be written by a temporary folder. PyTorch makes it with the
-    first backward pass, compiled or not, and would fail there."""
+    """Replace a TORCHINDUCTOR_CACHE_DIR that cannot be written by a temporary folder. PyTorch makes it with
+    the first backward pass, compiled or not, and would fail there."""
     path = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if not path:
         return
