@@ -76,7 +76,8 @@ class UserError(Exception):
     stopped."""
 
     def __init__(self, message, status=2):
-        super().__init__(message)
+        # It may quote a file that somebody else made: such a text must not fill or steer the terminal.
+        super().__init__("".join(c if c.isprintable() else "?" for c in message[:1000]))
         self.status = status
 
 
@@ -209,17 +210,23 @@ PRESETS = {
     | dict(loop_times=4, members=8, distill_alpha=0.4),
 }
 
-# Lowest and highest value of the fields that cannot take every value of their type. BELOW_1: a dropout of 1
-# would leave nothing, and a phase that begins at 1 would never come.
+# Lowest and highest value of each number. Sizes end far beyond any use, so that no slip and no made-up
+# config.json asks for an absurd amount of memory. BELOW_1: a dropout of 1 would leave nothing, and a phase
+# that begins at 1 would never come.
 BELOW_1 = math.nextafter(1.0, 0.0)
 RANGES = (
-    ("n_layer n_embd n_head mlp_hidden seq_len window_short bag_size members chains loss_chunk", 1, math.inf),
-    ("teacher_switch_every batch_tokens train_tokens eval_windows save_every cpu_threads", 1, math.inf),
-    ("seed vocab_size bos_id loop_first loop_last loop_times score_stride evals", 0, math.inf),
-    ("muon_lr embed_lr head_lr scalar_lr weight_decay mtp_weight", 0, math.inf),
+    ("n_layer n_head bag_size members chains", 1, 1000),
+    ("loop_first loop_last loop_times evals", 0, 1000),
+    ("n_embd window_short", 1, 2**16),
+    ("mlp_hidden seq_len loss_chunk", 1, 2**20),
+    ("batch_tokens device_tokens train_tokens eval_windows", 1, 2**29),
+    ("teacher_switch_every save_every cpu_threads", 1, 2**31),
+    ("seed score_stride", 0, 2**31),
+    ("vocab_size bos_id", 0, 2**16 - 1),
+    ("muon_lr embed_lr head_lr scalar_lr weight_decay mtp_weight", 0, 1e6),
     ("warmup warmdown momentum_start momentum_warmup muon_momentum muon_beta2 distill_alpha", 0, 1),
     ("dropout loop_from bag_until ema adam_beta1 adam_beta2", 0, BELOW_1),
-    ("softcap epochs distill_temp", 1e-6, math.inf),
+    ("softcap epochs distill_temp", 1e-6, 1e6),
 )
 
 
@@ -228,8 +235,7 @@ def check_config(c):
     for names, low, high in RANGES:
         for name in names.split():
             value = getattr(c, name)
-            in_range = low <= value <= high and value < math.inf
-            require(in_range, f"--{name} {value}: must be from {low} to {high:g}")
+            require(low <= value <= high, f"--{name} {value}: must be from {low} to {high:.10g}")
 
     def given(*names):
         return " ".join(f"--{name} {getattr(c, name)}" for name in names)
@@ -248,8 +254,8 @@ def check_config(c):
     require(loop_exists, f"{given('loop_first', 'loop_last')}: not a range of layers 0 to {c.n_layer - 1}")
     require(c.dtype in ("auto", "bf16", "fp32"), f"{given('dtype')}: choose auto, bf16 or fp32")
     for name in ("recall", "memory"):
-        well_formed = re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", getattr(c, name))
-        require(well_formed, f"{given(name)}: write lengths with commas between, such as 4,8,16")
+        well_formed = re.fullmatch(r"([1-9]\d{0,3}(,[1-9]\d{0,3}){0,99})?", getattr(c, name))
+        require(well_formed, f"{given(name)}: write up to 100 lengths with commas between, such as 4,8,16")
     fractions = [fraction for fraction, _ in wd_points(c)] if is_course else []
     rising = is_course and fractions == sorted(fractions)
     require(rising, f"{given('wd_points')}: write rising fraction:multiple pairs, such as 0:1,0.5:0.1,1:1.5")
@@ -259,18 +265,18 @@ def check_config(c):
         check_config(student)
 
 
+KINDS = {bool: "0 or 1", int: "a whole number", float: "a number", str: "one line of text"}
+BOOLS = {"0": False, "1": True, "false": False, "true": True}
+
+
 def parse_value(name, value):
-    """A value of the Config field `name`, given as a string or as JSON has it, in the field's type."""
+    """A value of the Config field `name`: of the field's type, or a string that holds one."""
     kind = Config.__dataclass_fields__[name].type
-    try:
-        if kind is bool:
-            require(str(value) in ("0", "1", "False", "True"), f"--{name} {value}: must be 0 or 1")
-            return str(value) in ("1", "True")
-        parsed = kind(value)
-        require(kind is str or parsed == float(value), f"--{name} {value}: must be a whole number")
-        return parsed
-    except (ValueError, TypeError, OverflowError):
-        raise UserError(f"--{name} {value}: cannot be read as {kind.__name__}") from None
+    fits = type(value) in (kind, str) or (kind is float and type(value) is int)
+    with contextlib.suppress(ValueError, OverflowError, KeyError):
+        if fits and str(value).isprintable():
+            return BOOLS[str(value).lower()] if kind is bool else kind(value)
+    raise UserError(f"--{name} {value}: must be {KINDS[kind]}")
 
 
 def make_config(given):
@@ -485,6 +491,8 @@ def seconds_waited():
 
 HEADER_INTS = 256
 MAGIC = 20240520  # the shard format of llm.c and modded-nanogpt; data/README.md
+MAX_TOKEN_BYTES = 2**30  # of a file of tokens: five times the largest that a track has
+MAX_JSON_BYTES = 2**20
 NO_TOKEN = 65535  # where a look-up finds nothing; no token has this id
 
 
@@ -502,22 +510,37 @@ def from_prepare(function, *args):
         raise UserError(str(e)) from None
 
 
+def read_file(path, limit, parse):
+    """parse(the bytes of a file), which raises anything where they are not as they should be. Every file that
+    somebody else may have made is read here: UserError where it is a pipe or a device, which might never end,
+    where it has more than `limit` bytes, and where parse() raises."""
+    try:
+        require(path.is_file(), "no such file, or not a plain one; check the path")
+        size = path.stat().st_size
+        require(size <= limit, f"{size:,} bytes, more than the {limit:,} that such a file may have")
+        return parse(path.read_bytes())
+    except UserError as e:
+        problem = str(e)
+    except OSError as e:
+        problem = e.strerror
+    except Exception as e:
+        problem = f"damaged, or of another version of this script ({first_line(e)})"
+    raise UserError(f"{path}: {problem}")
+
+
 def read_json(path, check):
     """check(what the file holds), which raises where that is not as it should be."""
-    try:
-        return check(json.loads(path.read_text()))
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}; name the folder of a run or of prepared data") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: damaged, or of another version of this script ({first_line(e)})") from None
+    return read_file(path, MAX_JSON_BYTES, lambda data: check(json.loads(data)))
 
 
 def check_meta(meta):
-    """meta, if it describes token shards; else KeyError, TypeError or ValueError."""
+    """meta, if it describes token shards; else KeyError, TypeError or UserError."""
     texts = [meta["tokenizer"], meta["sha256"]["train.bin"], meta["sha256"]["val.bin"]]
-    in_range = 0 <= meta["bos_id"] < meta["vocab_size"] <= NO_TOKEN and meta["text_bytes"]["val"] > 0
-    if not in_range or not all(isinstance(text, str) for text in texts):
-        raise ValueError("values out of range")
+    numbers = [meta["bos_id"], meta["vocab_size"], meta["text_bytes"]["val"]]
+    typed = {type(text) for text in texts} == {str} and {type(number) for number in numbers} == {int}
+    require(typed, "holds a text for a whole number, or the reverse")
+    in_range = 0 <= meta["bos_id"] < meta["vocab_size"] <= NO_TOKEN and 0 < meta["text_bytes"]["val"] < 2**40
+    require(in_range, "bos_id, vocab_size or text_bytes are out of range")
     return meta
 
 
@@ -542,35 +565,46 @@ def with_vocabulary(c, meta):
 
 
 def read_shard(path, vocab_size, sha256=None):
-    """Token ids of a shard, uint16 [n], memory-mapped, after every check of the file."""
-    try:
-        size = os.path.getsize(path)
-        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    """Token ids of a shard, uint16 [n], after every check of the file. It is read once: what a run trains on
+    is what was checked, whatever happens to the file meanwhile."""
+
+    def parse(data):
+        header = np.frombuffer(data[: 4 * HEADER_INTS], dtype="<i4")
         is_shard = len(header) == HEADER_INTS and header[0] == MAGIC and header[1] == 1
-        require(is_shard, f"{path}: not a token shard; data/README.md has the format")
+        require(is_shard, "not a token shard; data/README.md has the format")
         n = int(header[2])
         expected = 4 * HEADER_INTS + 2 * n
-        require(
-            n > 1 and size == expected,
-            f"{path}: {size:,} bytes, its header's {n:,} tokens take {expected:,}; prepare the data again",
-        )
-        if sha256:
-            digest = hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
-            require(
-                digest == sha256, f"{path}: changed, its sha256 is not meta.json's; prepare the data again"
-            )
-        tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(n,))
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
-    check_ids(tokens, vocab_size, path)
+        fits = n > 1 and len(data) == expected
+        found = f"{len(data):,} bytes, its header's {n:,} tokens take {expected:,}"
+        require(fits, f"{found}; prepare the data again")
+        changed = sha256 and hashlib.sha256(data).hexdigest() != sha256
+        require(not changed, "changed, its sha256 is not meta.json's; prepare the data again")
+        return check_ids(np.frombuffer(data, dtype="<u2", offset=4 * HEADER_INTS), vocab_size)
+
+    return read_file(path, MAX_TOKEN_BYTES, parse)
+
+
+def read_streams(path, vocab_size):
+    """Token ids of independent streams, uint16 [n_streams, length], in a .npy file."""
+
+    def parse(data):
+        # Read by hand: numpy would first allocate whatever the header claims.
+        f = io.BytesIO(data)
+        require(np.lib.format.read_magic(f) == (1, 0), "not a .npy file of version 1.0")
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(f)
+        fits = dtype == np.uint16 and len(shape) == 2 and 0 < 2 * math.prod(shape) == len(data) - f.tell()
+        require(fits, f"{dtype} {list(shape)} or cut short, not uint16 [n_streams, length]")
+        streams = np.frombuffer(data, dtype="<u2", offset=f.tell())
+        return check_ids(streams.reshape(shape, order="F" if is_fortran else "C"), vocab_size)
+
+    return read_file(path, MAX_TOKEN_BYTES, parse)
+
+
+def check_ids(tokens, vocab_size):
+    highest = int(tokens.max())
+    known = highest < vocab_size
+    require(known, f"holds token {highest}, but the vocabulary has only {vocab_size}: another tokenizer's?")
     return tokens
-
-
-def check_ids(tokens, vocab_size, path):
-    require(
-        int(tokens.max()) < vocab_size,
-        f"{path}: holds token {tokens.max()}, but the vocabulary has only {vocab_size}: another tokenizer's?",
-    )
 
 
 def lengths(text):
@@ -764,6 +798,8 @@ class Batches:
     def __init__(self, inputs, c, m, steps=None):
         self.plain = Loader(inputs, c, m.rank, m.world_size)
         self.steps = min(self.plain.steps, steps or self.plain.steps)
+        countable = self.steps < 10**7
+        require(countable, f"--epochs {c.epochs}: {self.steps:,} steps, but checkpoints count to 10,000,000")
         self.phases = [phase_schedule(self.done(step), c) for step in range(self.steps)]
         self.n_bag_steps = sum(phase.bag_size > 1 for phase in self.phases)
         self.bags = self.plain
@@ -1416,7 +1452,13 @@ def load_state(folder, force=False):
     return {"params": {}, "progress": progress | {"ranks": 0, "threads": 0}, "source": SOURCE_SHA256}
 
 
-RUNTIME_OPTIONS = ("steps", "device", "attention", "compile")  # chosen at the start, kept on resume
+# Chosen at the start, kept on resume.
+RUNTIME_CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "attention": ("auto", "varlen", "flex", "sdpa"),
+    "compile": ("auto", "on", "off"),
+}
+RUNTIME_OPTIONS = ("steps", *RUNTIME_CHOICES)
 
 
 def read_run(folder):
@@ -1424,7 +1466,11 @@ def read_run(folder):
 
     def check(stored):
         options = {name: stored[name] for name in RUNTIME_OPTIONS}
-        options["trial"] = stored.get("trial", stored["steps"] is not None)
+        steps = options["steps"]
+        options["trial"] = stored.get("trial", steps is not None)
+        known = all(options[name] in choices for name, choices in RUNTIME_CHOICES.items())
+        typed = type(options["trial"]) is bool and (steps is None or (type(steps) is int and steps > 0))
+        require(known and typed, "a run cannot have these options")
         return make_config(stored["config"]), check_meta(stored["data"]), options
 
     return read_json(folder / "config.json", check)
@@ -1516,6 +1562,7 @@ def run_nll(folder, inputs, c, m, show=None):
     scored = scored_models(c)
     for n, (number, c_model) in enumerate(scored, start=1):
         nll = stream_nll(load_weights(folder, number, c_model, m), inputs, c_model, m)
+        require(np.isfinite(nll).all(), f"{folder}: model {number + 1} predicts NaN; train it again")
         total = add_model(total, nll)
         if show and len(scored) > 1:
             together = f"the members so far together: {mean_nll(total + math.log(n)):.6f} nats per token"
@@ -1572,17 +1619,7 @@ def score_command(args):
     if is_shard:
         streams = read_shard(args.tokens, c.vocab_size)[None]
     else:
-        try:
-            streams = np.load(args.tokens, allow_pickle=False)
-        except (OSError, ValueError, EOFError, MemoryError) as e:
-            message = f"--tokens {args.tokens}: cannot be read as an array of numbers ({first_line(e)})"
-            raise UserError(message) from None
-        kind = f"{streams.dtype} {list(streams.shape)}" if isinstance(streams, np.ndarray) else "an archive"
-        require(
-            kind.startswith("uint16 [") and streams.ndim == 2 and streams.size > 0,
-            f"--tokens {args.tokens}: {kind}, not uint16 [n_streams, length]",
-        )
-        check_ids(streams, c.vocab_size, args.tokens)
+        streams = read_streams(args.tokens, c.vocab_size)
     nll = run_nll(args.score, lookup.inputs(streams), c, m).astype(np.float32)
     if m.is_main:
         write_npy(args.nll, nll[0] if is_shard else nll)
@@ -2225,9 +2262,8 @@ def parse_args(argv):
     parser.add_argument("--length", type=int, metavar="N", help="tokens that --sample writes at most [500]")
     parser.add_argument("--steps", type=int, metavar="N", help="squeeze a new run into N steps, as a trial")
     parser.add_argument("--force", action="store_true", help="--resume with an edited script, as a trial")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--attention", default="auto", choices=("auto", "varlen", "flex", "sdpa"))
-    parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"))
+    for name, choices in RUNTIME_CHOICES.items():
+        parser.add_argument(f"--{name}", default="auto", choices=choices)
     recipe = parser.add_argument_group("recipe: the fields of Config [value without --track]")
     # The comment behind a field of Config is its help.
     comments = dict(re.findall(r"^    (\w+): \w+ = [^#\n]*# (.*)$", SOURCE.decode(), re.MULTILINE))

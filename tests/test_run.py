@@ -110,6 +110,81 @@ def test_config_that_lacks_an_entry(finished_run, tmp_path):
         assert status == 2 and err.count("\n") == 1 and "config.json" in err, name
 
 
+def with_entry(stored, path, value):
+    """A copy with another value under names with dots between: config.n_layer."""
+    name, _, rest = path.partition(".")
+    return stored | {name: with_entry(stored[name], rest, value) if rest else value}
+
+
+# An entry of config.json, what somebody has made of it, and what the refusal names beside the file.
+BAD_ENTRIES = [
+    ("config", [1], "damaged"),
+    ("config.n_layer", 10**400, "--n_layer"),
+    ("config.n_layer", math.inf, "--n_layer"),
+    ("config.n_layer", True, "--n_layer"),
+    ("config.n_layer", 3.0, "--n_layer"),
+    ("config.members", 10**7, "--members"),
+    ("config.loop_times", 10**8, "--loop_times"),
+    ("config.memory", ",".join(["3"] * 1000), "--memory"),
+    ("config.softcap", math.nan, "--softcap"),
+    ("config.iha", None, "--iha"),
+    ("config.data", "a\0b", "--data"),
+    ("config.data", "a\nb", "--data"),
+    ("config.data", "\ud800", "--data"),
+    ("config.student", "\x1b[2J", "--student"),
+    ("config.nonesuch", 1, "damaged"),
+    ("config.track", [], "damaged"),
+    ("data", None, "damaged"),
+    ("data.vocab_size", 257.0, "whole number"),
+    ("data.vocab_size", 257.5, "whole number"),
+    ("data.vocab_size", 10**9, "vocab_size"),
+    ("data.text_bytes.val", 10**400, "text_bytes"),
+    ("device", "abacus", "options"),
+    ("steps", "5", "options"),
+    ("steps", -5, "options"),
+    ("trial", "no", "options"),
+]
+
+
+@pytest.mark.parametrize("path, value, named", BAD_ENTRIES)
+@pytest.mark.parametrize("command", ["--score", "--resume"])
+def test_a_config_that_somebody_made_up(finished_run, tmp_path, command, path, value, named):
+    stored = json.loads((finished_run / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(with_entry(stored, path, value)))
+    rest = ["--tokens", "x.npy", "--nll", tmp_path / "o.npy"] if command == "--score" else []
+    assert_one_line(run_main(command, tmp_path, *rest), tmp_path / "config.json", named)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"[" * 10**5, b'{"a":' * 10**5, b"null", b"\xff", b"1" * 5000, b" " * 2**21]
+)
+def test_a_config_that_is_no_object(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text)
+    assert_one_line(run_main("--resume", tmp_path), tmp_path / "config.json")
+
+
+def assert_one_line(result, *named):
+    """A refusal: short, and without what could steer a terminal."""
+    status, out, err = result
+    assert (status, out, err.count("\n")) == (2, "", 1), result
+    assert len(err) < 1200 and err.rstrip("\n").isprintable()
+    assert all(str(name) in err for name in named), err
+
+
+def test_weights_that_are_not_numbers(tiny_data, tmp_path):
+    """No score is made of NaN."""
+    run = train_tiny(tiny_data, tmp_path / "run", "--steps", 2)
+    (path,) = t.saved(run, "weights")
+    p = t.load_tensors(path)
+    p["lm_head"][5, 5] = math.nan
+    t.save_tensors(run, "weights", 0, p)
+    out = tmp_path / "nll.npy"
+    argv = ("--score", run, "--tokens", tiny_data / "val.bin", "--nll", out, *PLAIN)
+    assert_one_line(run_main(*argv), run, "NaN")
+    assert not out.exists()
+
+
 def test_scoring_from_memory_needs_the_training_tokens(tiny_data, tmp_path):
     data = shutil.copytree(tiny_data, tmp_path / "data")
     run = train_tiny(data, tmp_path / "run", "--steps", 5, memory="2,5")
@@ -543,6 +618,12 @@ BAD_OPTIONS = [
     ("--distill_temp 0", "--distill_temp"),
     ("--members 3 --chains 2", "--chains"),
     ("--adam_beta1 1", "--adam_beta1"),
+    ("--loop_times 100000000", "--loop_times"),
+    ("--members 10000000", "--members"),
+    ("--seed 99999999999999999999", "--seed"),
+    ("--batch_tokens 640000000000", "--batch_tokens"),
+    ("--epochs 1e308", "--epochs"),
+    ("--epochs 999999 --batch_tokens 64", "--epochs"),
 ]
 
 
