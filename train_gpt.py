@@ -34,6 +34,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import fcntl
 import functools
 import hashlib
@@ -84,6 +85,12 @@ class UserError(Exception):
 def require(condition, message):
     if not condition:
         raise UserError(message)
+
+
+def did_you_mean(name, names, otherwise):
+    """A hint at the one of the names that a mistyped one is close to."""
+    close = difflib.get_close_matches(name[:2] + name[2:].replace("-", "_"), names, n=1)
+    return f"did you mean {close[0]}?" if close else otherwise
 
 
 def first_line(e):
@@ -298,11 +305,10 @@ def model_configs(c):
         return members
     changes = dict(change.partition("=")[::2] for change in c.student.split(","))
     of_the_run = "track data train_tokens vocab_size bos_id seed members chains student recall memory softcap"
+    names = Config.__dataclass_fields__.keys() - of_the_run.split()
     for name in changes:
-        require(
-            name in Config.__dataclass_fields__ and name not in of_the_run.split(),
-            f"--student {c.student}: write name=value pairs of recipe options; {name!r} is not one",
-        )
+        hint = did_you_mean(name, names, "write name=value pairs of recipe options")
+        require(name in names, f"--student {c.student}: {name!r} is none that a student can change; {hint}")
     # A student begins where its teachers ended: past the bags, with all loops.
     values = {"bag_until": 0.0, "loop_from": 0.0} | {
         name: parse_value(name, changes[name]) for name in changes
@@ -550,7 +556,9 @@ def read_meta(c, m):
     if c.data == "pocket" and m.is_main and not path.exists():
         from_prepare("prepare_pocket")
     barrier(m)
-    require(path.exists(), f"{path}: no data there; python data/prepare.py --help says how to prepare it")
+    known = {preset.get("data") for preset in PRESETS.values()}
+    command = f"python data/prepare.py {c.data if c.data in known else '--help'}"
+    require(path.exists(), f"{path}: no data there; prepare it with {command}")
     return read_json(path, check_meta)
 
 
@@ -2245,7 +2253,14 @@ def parse_args(argv):
     """(the recipe's options that were given, all others)"""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = lambda message: require(False, f"{message}; --help lists the options")
+
+    def refuse(message):
+        _, _, words = message.partition("unrecognized arguments: ")
+        options = re.findall(r"--\w+", parser.format_usage())
+        hint = did_you_mean(re.split("[= ]", words)[0], options, "--help lists the options")
+        raise UserError(f"{message}; {hint}")
+
+    parser.error = refuse
     paths = (
         ("resume", "RUN", "continue a run that was stopped or killed"),
         ("score", "RUN", "score --tokens with a run's models, write --nll"),

@@ -24,8 +24,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from reading import (
     MAX_LOG_BYTES,
+    MAX_WEIGHTS_BYTES,
     Refused,
-    open_plain,
+    file_digest,
     printable,
     read_json,
     read_plain,
@@ -38,9 +39,8 @@ from reading import (
 # state is numbered by the model and the step that come next, as MODEL * STEPS + STEP.
 STEPS = 10**7
 
-# The state of a finished run has a clock and no weights; those of the largest track take some 10 GB.
+# The state of a finished run has a clock and no weights.
 MAX_STATE_BYTES = 2**20
-MAX_WEIGHTS_BYTES = 2**36
 
 MAX_MEMBERS = 1000
 
@@ -97,9 +97,7 @@ class Chain:
     def find_weights(self, k):
         """The file of the final weights of a member."""
         for path in self.folder.glob(f"weights-{k:07d}.*.pt"):
-            with open_plain(path, MAX_WEIGHTS_BYTES) as f:
-                found = hashlib.file_digest(f, "sha256").hexdigest()
-            if found[:16] == path.name.split(".")[-2]:
+            if file_digest(path, MAX_WEIGHTS_BYTES).hex()[:16] == path.name.split(".")[-2]:
                 return path
         raise Refused(f"{self.folder}: the weights of member {k + 1} are missing or damaged")
 

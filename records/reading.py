@@ -49,6 +49,7 @@ def printable(text):
 MAX_JSON_BYTES = 2**22
 MAX_LOG_BYTES = 2**28
 MAX_TOKEN_BYTES = 2**30
+MAX_WEIGHTS_BYTES = 2**36
 
 
 def open_plain(path, max_bytes):
@@ -62,10 +63,21 @@ def open_plain(path, max_bytes):
     return open(path, "rb")
 
 
+def reason(error):
+    """What an OSError or a ValueError of the functions here says, without the name of the file."""
+    return error.strerror if isinstance(error, OSError) else str(error)
+
+
 def read_plain(path, max_bytes):
     """The bytes of such a file."""
     with open_plain(path, max_bytes) as f:
         return f.read(max_bytes)
+
+
+def file_digest(path, max_bytes):
+    """sha256 of such a file, as bytes, without holding the file in memory."""
+    with open_plain(path, max_bytes) as f:
+        return hashlib.file_digest(f, "sha256").digest()
 
 
 # ---- JSON --------------------------------------------------------------------------------------------------
@@ -110,16 +122,21 @@ def known_hash(dataset, shard):
     return None if digest == OPEN else digest
 
 
+def prepare_again(path):
+    """The command that makes a shard, by the folder that it lies in."""
+    name = Path(path).resolve().parent.name
+    known = name in read_tracks()["datasets"]
+    return f"prepare the data with python data/prepare.py {name if known else '--help'}"
+
+
 def read_shard(path, sha256=None):
     """Token ids of a shard, uint16 [n]. Refused where its bytes do not have the given sha256."""
     try:
         data = read_plain(path, MAX_TOKEN_BYTES)
-    except OSError as e:
-        raise Refused(f"{path}: {e.strerror}; prepare the data: python data/prepare.py --help")
-    except ValueError as e:
-        raise Refused(f"{path}: {e}; prepare the data again")
+    except (OSError, ValueError) as e:
+        raise Refused(f"{path}: {reason(e)}; {prepare_again(path)}")
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-        raise Refused(f"{path}: its sha256 is not the one in records/tracks.json; prepare the data again")
+        raise Refused(f"{path}: its sha256 is not the one in records/tracks.json; {prepare_again(path)}")
     header_bytes = 4 * HEADER_INTS
     header = np.frombuffer(data[:header_bytes].ljust(header_bytes), dtype="<i4")
     is_shard = header[0] == MAGIC and header[1] == 1
@@ -139,7 +156,7 @@ def read_npy(path, max_bytes):
     try:
         f = open_plain(path, max_bytes)
     except OSError as e:
-        raise ValueError(e.strerror)
+        raise ValueError(reason(e))
     try:
         with f:
             return np.lib.format.read_array(f, allow_pickle=False)

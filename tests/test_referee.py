@@ -745,19 +745,33 @@ def test_submit_refuses_what_would_not_verify(tiny_data, finished_run, second_se
     shutil.copytree(finished_run, bare, ignore=shutil.ignore_patterns("weights*"))
     plain = root / "plain.md"
     plain.write_text("no heading\n")
+    utf16 = root / "utf16.md"
+    utf16.write_text(NOTE, encoding="utf-16")
     for runs, slug, text, by, words in (
         ([trial], "a", note, ["A"], "a trial"),
         ([finished_run, finished_run], "a", note, ["A"], "seed must differ"),
         ([bare], "a", note, ["A"], "no weights"),
         ([tmp_path], "a", note, ["A"], "not the folder of a finished run"),
-        ([finished_run], "A/b", note, ["A"], "--slug"),
+        ([finished_run], "A/b", note, ["A"], "try --slug a-b"),
         ([finished_run], "a", plain, ["A"], "begin it with"),
-        ([finished_run], "a", root / "none.md", ["A"], "cannot be read"),
+        ([finished_run], "a", root / "none.md", ["A"], "No such file .*; begin one with: echo"),
+        ([finished_run], "a", root, ["A"], "not a plain file"),
+        ([finished_run], "a", utf16, ["A"], "save it as UTF-8"),
         ([finished_run], "a", note, [], "--by"),
     ):
         with pytest.raises(reading.Refused, match=words):
             submit.submit(runs, slug, text, by, root, NOON)
     assert not list((root / "records").glob("*/*"))
+
+
+@pytest.mark.parametrize(
+    "content", [NOTE.encode("utf-8-sig"), NOTE.replace("\n", "\r\n").encode(), NOTE.strip().encode()]
+)
+def test_a_note_as_editors_write_it(tmp_path, content):
+    """With a byte order mark, with the line ends of Windows, without a last one: it is the same note."""
+    note = tmp_path / "note.md"
+    note.write_bytes(content)
+    assert submit.read_note(note) == NOTE
 
 
 def test_submit_wants_a_better_record(tiny_data, finished_run, second_seed, tmp_path, monkeypatch):
@@ -801,6 +815,10 @@ def test_a_time_that_has_not_come(copy, minutes, holds):
         "Анна Ли",
         "李雷",
         "José",
+        "नरेन्द्र मोदी",
+        "Sinéad O‘Connor",
+        "Müller & Söhne",
+        "María del Carmen Fernández de la Vega Sanz",
     ],
 )
 def test_names_that_are_fine(name):
@@ -811,7 +829,8 @@ def test_names_that_are_fine(name):
     "name",
     [
         "",
-        "x" * 41,
+        "x" * 61,
+        "A" + 5 * "\u0489",  # a letter under a heap of marks
         "@somebody",
         "see @somebody",
         "www.example.org",

@@ -608,6 +608,14 @@ BAD_OPTIONS = [
     ("--attention varlen", "--attention"),
     ("--vocab_size 300", "--vocab_size"),
     ("--student depth=3 --distill_alpha 0.5", "--student"),
+    ("--student distill_alpha=0.5,dropuot=0.1", "did you mean dropout?"),
+    ("--dropuot 0.1", "did you mean --dropout?"),
+    ("--n-layer=2", "did you mean --n_layer?"),
+    ("--resme runs/x", "did you mean --resume?"),
+    ("--nothing_like_it", "--help"),
+    ("--iha maybe", "--iha maybe: must be 0 or 1"),
+    ("--data fineweb", "python data/prepare.py fineweb"),
+    ("--data nonesuch", "python data/prepare.py --help"),
     ("--student n_layer=2", "--student"),
     ("--student distill_alpha=0.5,softcap=30", "softcap"),
     ("--student distill_alpha=0.5,n_layer=x", "--n_layer"),
@@ -634,6 +642,14 @@ def test_impossible_options(tiny_data, tmp_path, words, named):
     status, out, err = run_main(*argv)
     assert (status, out, err.count("\n")) == (2, "", 1) and named in err
     assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    "text, value", [("1", True), ("true", True), ("True", True), ("0", False), ("false", False)]
+)
+def test_a_switch_can_be_a_word(text, value):
+    given, _ = t.parse_args(["--iha", text])
+    assert given == {"iha": value}
 
 
 def test_batch_that_ranks_cannot_share(monkeypatch, tiny_data, tmp_path):
