@@ -25,6 +25,11 @@ import time
 START = time.monotonic()  # The track's clock starts before the imports, which take seconds.
 
 import os
+import sys
+
+if os.name == "nt":
+    print("train_gpt.py needs Linux or macOS; on Windows, run it in WSL (wsl --install)", file=sys.stderr)
+    sys.exit(2)
 
 # An OpenMP thread that waits for the others spins for a while before it sleeps. The default spins so long
 # that a busy neighbor on the same cores slows training to a fraction of its fair share. Read when torch is
@@ -49,7 +54,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -542,11 +546,12 @@ def read_json(path, check):
 def check_meta(meta):
     """meta, if it describes token shards; else KeyError, TypeError or UserError."""
     texts = [meta["tokenizer"], meta["sha256"]["train.bin"], meta["sha256"]["val.bin"]]
-    numbers = [meta["bos_id"], meta["vocab_size"], meta["text_bytes"]["val"]]
+    numbers = bos_id, vocab_size, text_bytes = meta["bos_id"], meta["vocab_size"], meta["text_bytes"]["val"]
     typed = {type(text) for text in texts} == {str} and {type(number) for number in numbers} == {int}
-    require(typed, "holds a text for a whole number, or the reverse")
-    in_range = 0 <= meta["bos_id"] < meta["vocab_size"] <= NO_TOKEN and 0 < meta["text_bytes"]["val"] < 2**40
-    require(in_range, "bos_id, vocab_size or text_bytes are out of range")
+    in_range = typed and 0 <= bos_id < vocab_size <= NO_TOKEN and 0 < text_bytes < 2**40
+    require(
+        in_range, "bos_id, vocab_size or text_bytes is not a whole number in its range, or a text is none"
+    )
     return meta
 
 
@@ -585,8 +590,8 @@ def read_shard(path, vocab_size, sha256=None):
         fits = n > 1 and len(data) == expected
         found = f"{len(data):,} bytes, its header's {n:,} tokens take {expected:,}"
         require(fits, f"{found}; prepare the data again")
-        changed = sha256 and hashlib.sha256(data).hexdigest() != sha256
-        require(not changed, "changed, its sha256 is not meta.json's; prepare the data again")
+        unchanged = sha256 in (None, hashlib.sha256(data).hexdigest())
+        require(unchanged, "changed, its sha256 is not meta.json's; prepare the data again")
         return check_ids(np.frombuffer(data, dtype="<u2", offset=4 * HEADER_INTS), vocab_size)
 
     return read_file(path, MAX_TOKEN_BYTES, parse)
@@ -1461,11 +1466,7 @@ def load_state(folder, force=False):
 
 
 # Chosen at the start, kept on resume.
-RUNTIME_CHOICES = {
-    "device": ("auto", "cpu", "cuda"),
-    "attention": ("auto", "varlen", "flex", "sdpa"),
-    "compile": ("auto", "on", "off"),
-}
+RUNTIME_CHOICES = dict(device="auto cpu cuda", attention="auto varlen flex sdpa", compile="auto on off")
 RUNTIME_OPTIONS = ("steps", *RUNTIME_CHOICES)
 
 
@@ -1476,7 +1477,7 @@ def read_run(folder):
         options = {name: stored[name] for name in RUNTIME_OPTIONS}
         steps = options["steps"]
         options["trial"] = stored.get("trial", steps is not None)
-        known = all(options[name] in choices for name, choices in RUNTIME_CHOICES.items())
+        known = all(options[name] in choices.split() for name, choices in RUNTIME_CHOICES.items())
         typed = type(options["trial"]) is bool and (steps is None or (type(steps) is int and steps > 0))
         require(known and typed, "a run cannot have these options")
         return make_config(stored["config"]), check_meta(stored["data"]), options
@@ -2278,7 +2279,7 @@ def parse_args(argv):
     parser.add_argument("--steps", type=int, metavar="N", help="squeeze a new run into N steps, as a trial")
     parser.add_argument("--force", action="store_true", help="--resume with an edited script, as a trial")
     for name, choices in RUNTIME_CHOICES.items():
-        parser.add_argument(f"--{name}", default="auto", choices=choices)
+        parser.add_argument(f"--{name}", default="auto", choices=choices.split())
     recipe = parser.add_argument_group("recipe: the fields of Config [value without --track]")
     # The comment behind a field of Config is its help.
     comments = dict(re.findall(r"^    (\w+): \w+ = [^#\n]*# (.*)$", SOURCE.decode(), re.MULTILINE))

@@ -13,16 +13,21 @@ the sources and their licenses. Documents are ordered by a sha256, of their path
 their content for prose and text; FineWeb's keep the order of its shards.
 """
 
+import os
+import sys
+
+if os.name == "nt":
+    print("prepare.py needs Linux or macOS; on Windows, run it in WSL (wsl --install)", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import fcntl
 import hashlib
 import importlib.metadata
 import io
 import json
-import os
 import re
 import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path

@@ -138,6 +138,7 @@ BAD_ENTRIES = [
     ("data.vocab_size", 257.0, "whole number"),
     ("data.vocab_size", 257.5, "whole number"),
     ("data.vocab_size", 10**9, "vocab_size"),
+    ("data.sha256", {"train.bin": None, "val.bin": None}, "text"),
     ("data.text_bytes.val", 10**400, "text_bytes"),
     ("device", "abacus", "options"),
     ("steps", "5", "options"),
@@ -642,6 +643,14 @@ def test_impossible_options(tiny_data, tmp_path, words, named):
     status, out, err = run_main(*argv)
     assert (status, out, err.count("\n")) == (2, "", 1) and named in err
     assert not run.exists()
+
+
+@pytest.mark.parametrize("script", ["train_gpt.py", "data/prepare.py"])
+def test_on_windows_one_line_says_where_it_runs(script):
+    """Before it imports what Windows does not have."""
+    code = "import os, sys; os.name = 'nt'; sys.modules['fcntl'] = None; exec(open(sys.argv[1]).read())"
+    done = subprocess.run([sys.executable, "-c", code, ROOT / script], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "WSL" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize(
