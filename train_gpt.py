@@ -1655,6 +1655,36 @@ class Log:
         return self.file.tell()
 
 
+class Metrics:
+    """metrics.jsonl, on rank 0: what the log says of each step, as a line of JSON for other people's
+    dashboards. Every line has the same keys. A loss that the step does not have is null, and so is val_loss,
+    unless an evaluation followed the step."""
+
+    keys = "model step steps epoch loss bag_loss mtp kl lr tokens_per_second seconds val_loss".split()
+
+    def __init__(self, folder, m, progress):
+        """Drops the steps behind the checkpoint from which a run is resumed, and a line that a kill has cut
+        short."""
+        self.file = None
+        if not m.is_main:
+            return
+        path = folder / "metrics.jsonl"
+        last = [progress["model"] + 1, progress["step"]]
+        kept = []
+        for line in path.read_bytes().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                if [entry["model"], entry["step"]] <= last:
+                    kept.append(line + b"\n")
+        write_file(path, b"".join(kept))
+        self.file = open(path, "ab")
+
+    def __call__(self, **values):
+        if self.file:
+            self.file.write(json.dumps(dict.fromkeys(self.keys) | values).encode() + b"\n")
+            self.file.flush()
+
+
 @dataclasses.dataclass
 class PlannedModel:
     """One entry of a run's training plan. Not a network: weights are dicts of tensors."""
@@ -1718,6 +1748,7 @@ class Run:
     val_inputs: np.ndarray  # of the whole validation stream, [1, length, 1 + n_lookups(c)]
     eval_inputs: np.ndarray  # of the windows that are evaluated during training
     log: Log
+    metrics: Metrics
     # The model and step that come next; seconds on the track's clock and of compilation beside it; the
     # length of the log; the most ranks and threads that any part of the run had.
     progress: dict
@@ -1933,13 +1964,18 @@ def train_model(run, model, state):
         lr = lr_schedule(model.batches.done(step), c) * c.muon_lr
         speed = (step + 1 - first_step) * c.batch_tokens / seconds
         times = f"tok/s {speed:.0f} time {run.progress['seconds']:.1f}s left {left:.0f}s"
-        line = f"{where} epoch {model.batches.epoch(step + 1):.3f} {terms} lr {lr:.5f} {times}"
+        epoch = model.batches.epoch(step + 1)
+        line = f"{where} epoch {epoch:.3f} {terms} lr {lr:.5f} {times}"
         run.log(line, pause=0.0 if step + 1 == n_steps else 2.0)
         if step == first_step + 50:  # now the speed is known: will the run end within the track's limits?
             ask_referee(run, "--seconds", f"{run.seconds() + left:.0f}")
+        val_loss = None
         if step + 1 in eval_after:
-            nll = stream_nll(ema or p, run.eval_inputs, c, m)
-            run.log(f"{model.name}eval {step + 1}/{n_steps} val_loss {mean_nll(nll):.4f} on {run.eval_name}")
+            val_loss = mean_nll(stream_nll(ema or p, run.eval_inputs, c, m))
+            run.log(f"{model.name}eval {step + 1}/{n_steps} val_loss {val_loss:.4f} on {run.eval_name}")
+        place = {"model": model.number + 1, "step": step + 1, "steps": n_steps, "epoch": epoch}
+        rates = {"lr": lr, "tokens_per_second": speed, "seconds": run.progress["seconds"]}
+        run.metrics(**place, **dict(zip(losses, values, strict=True)), **rates, val_loss=val_loss)
         if saving:
             save_state(run, p, optimizer, ema)
         if stop:
@@ -2162,7 +2198,9 @@ def train_command(given, args):
         write_json(folder / "config.json", options | {"config": dataclasses.asdict(c), "data": meta})
     eval_inputs = evaluation_inputs(val_inputs[0], c)
     trial = options["trial"]
-    run = Run(folder, c, m, meta, trial, plan, lookup, val_inputs, eval_inputs, log, state["progress"])
+    progress = state["progress"]
+    metrics = Metrics(folder, m, progress)
+    run = Run(folder, c, m, meta, trial, plan, lookup, val_inputs, eval_inputs, log, metrics, progress)
     signal.signal(signal.SIGTERM, functools.partial(note_signal, run))
     signal.signal(signal.SIGINT, functools.partial(note_signal, run))
     train(run, state)
