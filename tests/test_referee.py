@@ -1097,7 +1097,7 @@ def test_render_is_stable_and_notices_what_is_stale(copy):
     root, folder = copy
     pictures = [
         f"records/pictures/pocket_{kind}_{theme}.svg"
-        for kind in ("curve", "progress")
+        for kind in ("curve", "losses", "progress")
         for theme in ("dark", "light")
     ]
     assert render(root) == ["README.md", "records/order.json", *pictures]
@@ -1160,6 +1160,23 @@ def test_the_second_baseline_on_the_board(copy):
     [axes] = draw(data, theme).axes
     [line] = [line for line in axes.lines if "look-up" in line.get_label()]
     assert list(line.get_ydata()) == [loss + 1, loss - 1]
+
+
+def test_training_curves_on_the_board(copy):
+    """Of both seeds, from their logs, with the record's score."""
+    root, folder = copy
+    text, pictures = board.board_and_pictures(root)
+    assert 'src="records/pictures/pocket_losses_light.svg"' in text
+    draw, data, theme = pictures["records/pictures/pocket_losses_dark.svg"]
+    [curve] = data["curves"]
+    loss = reading.mean_loss(read_record(folder))
+    assert (curve["name"], curve["score"], len(curve["models"])) == (folder.name, loss, 2)
+    left, right = draw(data, theme).axes
+    for i, name in enumerate(("log.txt", "log_2.txt")):
+        steps = reading.read_log(folder / name).of(reading.Step)
+        # So few steps are not averaged.
+        assert list(left.lines[i].get_ydata()) == [step.loss for step in steps]
+    assert [list(line.get_ydata()) for line in right.lines if line.get_marker() == "D"] == [[loss]]
 
 
 def test_tracks_without_a_record_on_the_board(copy):
