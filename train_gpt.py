@@ -1668,16 +1668,17 @@ class Metrics:
         self.file = None
         if not m.is_main:
             return
-        path = folder / "metrics.jsonl"
+        self.file = open(folder / "metrics.jsonl", "a+b")
+        self.file.seek(0)
         last = [progress["model"] + 1, progress["step"]]
-        kept = []
-        for line in path.read_bytes().splitlines() if path.exists() else []:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+        kept = 0
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            for line in self.file:
                 entry = json.loads(line)
-                if [entry["model"], entry["step"]] <= last:
-                    kept.append(line + b"\n")
-        write_file(path, b"".join(kept))
-        self.file = open(path, "ab")
+                if [entry["model"], entry["step"]] > last or not line.endswith(b"\n"):
+                    break
+                kept += len(line)
+        self.file.truncate(kept)
 
     def __call__(self, **values):
         if self.file:
@@ -1749,6 +1750,7 @@ class Run:
     eval_inputs: np.ndarray  # of the windows that are evaluated during training
     log: Log
     metrics: Metrics
+    fit_seconds: float  # that --fit took, on no clock
     # The model and step that come next; seconds on the track's clock and of compilation beside it; the
     # length of the log; the most ranks and threads that any part of the run had.
     progress: dict
@@ -1788,20 +1790,89 @@ def compile_all(models, m):
     return time.monotonic() - began
 
 
-def compile_model(model, m):
-    """A training pass for every phase and every size of micro-batch."""
-    c = model.c
-    p = {name: w.to(m.device).requires_grad_() for name, w in init_params(c).items()}
+def made_up_weights(model, m):
+    """A model's weights as they are drawn, and its teacher, (Config, weights), or None."""
+    p = {name: w.to(m.device).requires_grad_() for name, w in init_params(model.c).items()}
     teacher = None
     if model.teachers:
         c_teacher = model.teachers[0].c
         teacher = c_teacher, {name: w.to(m.device) for name, w in init_params(c_teacher).items()}
+    return p, teacher
+
+
+def compile_model(model, m):
+    """A training pass for every phase and every size of micro-batch."""
+    c = model.c
+    p, teacher = made_up_weights(model, m)
     rows = torch.arange(len(model.batches.plain.shard)).split(c.device_tokens // c.seq_len)
     for phase in sorted(set(model.batches.phases)):
         for n_rows in {len(part) for part in rows}:
             x = torch.zeros(n_rows, c.seq_len * phase.bag_size, 1 + n_lookups(c), dtype=torch.long)
             y = x[..., 0].contiguous().unflatten(1, (-1, phase.bag_size))
             train_pass(p, x, y, 1, c, m, phase, (0,), teacher)
+
+
+def seconds_left(plan, step, seconds_per_flop, m):
+    """Seconds that the models of a plan take from a step of the first one on, with all that is done beside
+    the steps: evaluations, counted in FLOPs, and checkpoints, estimated from their size."""
+    seconds = 0.0
+    for model in plan:
+        c = model.c
+        n_steps = model.batches.steps
+        n_evals = c.evals * (1 - step / n_steps)
+        eval_flops = c.eval_windows * c.seq_len * flops_per_token(c, phase_schedule(1.0, c))
+        memory = memory_estimate(model, m)
+        save_seconds = (memory["weights"] + memory["optimizer"] * m.world_size) * SAVE_SECONDS_PER_GB
+        seconds += (sum(model.step_flops[step:]) + n_evals * eval_flops) * seconds_per_flop
+        seconds += (1 + (n_steps - step) // c.save_every) * save_seconds
+        step = 0
+    return seconds
+
+
+FIT_SHARE = (
+    0.97  # of the track's seconds that --fit fills: a few steps on made-up tokens tell a speed roughly
+)
+FIT_STEPS = 3  # that are timed in each phase
+
+
+def measure_speed(plan, m):
+    """Seconds per FLOP in the slowest phase of a plan whose tokens are made up."""
+    slowest = 0.0
+    for model in distinct_models(plan):
+        p, teacher = made_up_weights(model, m)
+        optimizer = MuonAdamW(p, model.c, m)
+        for phase in sorted(set(model.batches.phases)):
+            step = model.batches.phases.index(phase)
+            for i in range(1 + FIT_STEPS):
+                losses = train_step(p, optimizer, model, step, m, teacher)
+                sum(losses.values()).item()  # waits for the device
+                if i == 0:  # the first one warms up
+                    began = time.monotonic()
+            slowest = max(slowest, (time.monotonic() - began) / FIT_STEPS / model.step_flops[step])
+    return slowest
+
+
+def fit(c, m):
+    """--fit: (the config, with fewer epochs if they would not fit in the track's seconds; the seconds that it
+    took to find out, which the clock leaves out)."""
+    cap = read_rules(c.track).get("max_seconds")
+    require(cap, f"--fit: track {c.track} has no limit in seconds; leave the option out")
+    barrier(m)
+    began = time.monotonic()
+    tokens = np.broadcast_to(np.uint16(0), (c.train_tokens, 1 + n_lookups(c)))
+    plan = training_plan(c, tokens, m)
+    compile_all(plan, m)
+    measured = torch.tensor([measure_speed(plan, m), began - START], dtype=torch.float64, device=m.device)
+    seconds_per_flop, startup = (all_reduce(m, measured) / m.world_size).tolist()
+    given = c.epochs
+    while (seconds := startup + seconds_left(plan, 0, seconds_per_flop, m)) > FIT_SHARE * cap:
+        epochs = math.floor(1000 * c.epochs * FIT_SHARE * cap / seconds) / 1000
+        require(epochs > 0, f"--fit: no number of epochs fits in the {cap:,} s of {c.track}; lower --n_layer")
+        c = dataclasses.replace(c, epochs=epochs)
+        plan = training_plan(c, tokens, m)
+    speed = f"{1 / seconds_per_flop:.3g} FLOP/s, measured on made-up tokens"
+    m.reasons["fit"] = f"{c.epochs:g} of {given:g} epochs, {seconds:,.0f} s of {cap:,} at {speed}"
+    return c, time.monotonic() - began
 
 
 def begin_log(run):
@@ -1823,6 +1894,8 @@ def begin_log(run):
     log(f"packages: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}")
     log(f"hardware: {hardware(m)}; {m.world_size} rank(s) of {torch.get_num_threads()} thread(s)")
     log(f"dtype: {m.reasons['dtype']}\nattention: {m.reasons['attention']}")
+    if "fit" in m.reasons:
+        log(f"fit: {m.reasons['fit']}")
 
 
 def train(run, state):
@@ -1832,7 +1905,7 @@ def train(run, state):
     progress["ranks"] = max(m.world_size, progress["ranks"])
     progress["threads"] = max(torch.get_num_threads(), progress["threads"])
     begin_log(run)
-    compile_seconds = compile_all(run.plan[progress["model"] :], m)
+    compile_seconds = run.fit_seconds + compile_all(run.plan[progress["model"] :], m)
     run.log(f"compiled: {m.reasons['compiled']}; {compile_seconds:.1f} s, which the clock leaves out")
     progress["compile_seconds"] += compile_seconds
     # So that run.seconds() goes on from progress["seconds"], without the compilation.
@@ -1967,7 +2040,8 @@ def train_model(run, model, state):
         epoch = model.batches.epoch(step + 1)
         line = f"{where} epoch {epoch:.3f} {terms} lr {lr:.5f} {times}"
         run.log(line, pause=0.0 if step + 1 == n_steps else 2.0)
-        if step == first_step + 50:  # now the speed is known: will the run end within the track's limits?
+        if step + 1 == first_step + 100:  # now the speed is known: will the run end in the track's time?
+            left = seconds_left(run.plan[model.number :], step + 1, seconds / flops_done, m)
             ask_referee(run, "--seconds", f"{run.seconds() + left:.0f}")
         val_loss = None
         if step + 1 in eval_after:
@@ -2184,8 +2258,13 @@ def train_command(given, args):
     enough = len(train_tokens) >= c.train_tokens
     require(enough, f"--train_tokens {c.train_tokens}: train.bin has only {len(train_tokens)}; lower it")
     lookup = Lookup(train_tokens[: c.train_tokens], c)
-    plan = training_plan(c, lookup.training_inputs(), m, options["steps"])
+    inputs = lookup.training_inputs()
+    plan = training_plan(c, inputs, m, options["steps"])
     set_compiled(m, args.compile, sum(model.train_flops for model in plan))
+    fit_seconds = 0.0
+    if args.fit:
+        c, fit_seconds = fit(c, m)
+        plan = training_plan(c, inputs, m)
     val_inputs = lookup.inputs(val_tokens[None])
     if m.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -2200,7 +2279,8 @@ def train_command(given, args):
     trial = options["trial"]
     progress = state["progress"]
     metrics = Metrics(folder, m, progress)
-    run = Run(folder, c, m, meta, trial, plan, lookup, val_inputs, eval_inputs, log, metrics, progress)
+    parts = (plan, lookup, val_inputs, eval_inputs, log, metrics, fit_seconds, progress)
+    run = Run(folder, c, m, meta, trial, *parts)
     signal.signal(signal.SIGTERM, functools.partial(note_signal, run))
     signal.signal(signal.SIGINT, functools.partial(note_signal, run))
     train(run, state)
@@ -2262,6 +2342,8 @@ def parse_args(argv):
     parser.add_argument("--prompt", metavar="TEXT")
     parser.add_argument("--length", type=int, metavar="N", help="tokens that --sample writes at most [500]")
     parser.add_argument("--steps", type=int, metavar="N", help="squeeze a new run into N steps, as a trial")
+    shorten = "fewer epochs than the recipe's, if they would not end in the track's time on this machine"
+    parser.add_argument("--fit", action="store_true", help=shorten)
     parser.add_argument("--force", action="store_true", help="--resume with an edited script, as a trial")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--attention", default="auto", choices=("auto", "varlen", "flex", "sdpa"))
@@ -2284,6 +2366,7 @@ def parse_args(argv):
         args.resume = args.run_dir
         args.run_dir = None
         args.steps = None
+        args.fit = False
         exists = False
     require(not exists, f"--run_dir {args.run_dir}: already holds a run; --resume it, or name another folder")
     check_combination(given, args)
@@ -2299,9 +2382,10 @@ def check_combination(given, args):
         fits = command in ("train", "dry_run") or (command == "resume" and name in ("members", "student"))
         require(fits, f"--{name}: is for a new run, leave it out")
     owners = dict(tokens="score", nll="score", prompt="sample", length="sample", force="resume")
-    for name, owner in (owners | dict(run_dir="train", steps="train")).items():
+    for name, owner in (owners | dict(run_dir="train", steps="train", fit="train")).items():
         fits = getattr(args, name) in (None, False) or command == owner
         require(fits, f"--{name}: goes with {'a new run' if owner == 'train' else f'--{owner} RUN'}")
+    require(not (args.fit and args.steps), "--fit: leave out --steps, which shortens a run, too")
     require(args.steps is None or args.steps > 0, f"--steps {args.steps}: must be 1 or more")
 
 

@@ -186,7 +186,7 @@ def run_row(folder, tracks):
         log = read_log(folder / "log.txt")
         started = read_json(folder / "config.json")
         record = read_json(folder / "record.json") if (folder / "record.json").exists() else None
-        claims = claims_so_far(folder, started, record, None, None)
+        claims = claims_so_far(folder, started, record, None)
         require_keys(tracks["tracks"], claims["track"])
         dataset = tracks["tracks"][claims["track"]]["dataset"]
         wrong = faults_of(claims, tracks, expected_hashes(ROOT, tracks, dataset))

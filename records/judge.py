@@ -37,19 +37,16 @@ WORDS = {  # of a limit that a run is over
 
 def judge(run, seconds=None, flops=None, root=ROOT):
     """Lines for whoever trains the run in folder `run`. seconds: when its training will end, by its own
-    estimate; then only a clock that will run out is worth a line. flops: of its whole training, by its own
-    count."""
+    estimate; then the answer is about the clock alone. flops: of its whole training, by its own count."""
     try:
         started = read_json(run / "config.json")
         record = read_json(run / "record.json") if (run / "record.json").exists() else None
         tracks = read_tracks(root)
         track = started["config"]["track"]
         rules = tracks["tracks"][track]
-        claims = claims_so_far(run, started, record, seconds, flops)
         if seconds is not None:
-            over = over_the_limits(claims, rules, tracks["datasets"][rules["dataset"]])
-            soon = "at this speed training will take {:,.0f} s, the track allows {:,}; lower --epochs"
-            return [soon.format(value, limit) for what, value, limit in over if what == "train_seconds"]
+            return clock(track, seconds, rules.get("max_seconds"))
+        claims = claims_so_far(run, started, record, flops)
         hashes = expected_hashes(root, tracks, rules["dataset"])
         faults = faults_of(claims, tracks, hashes)
         standing = standing_record(root, track)
@@ -91,7 +88,7 @@ def over_the_limits(claims, rules, dataset):
     return [(what, value, limit) for what, (value, limit) in values.items() if limit and value > limit]
 
 
-def claims_so_far(run, started, record, seconds, flops):
+def claims_so_far(run, started, record, flops):
     """What faults_of() asks for, of a run that may have no record.json yet."""
     machines = read_log(run / "log.txt").of(Hardware)
     claims = {
@@ -103,13 +100,21 @@ def claims_so_far(run, started, record, seconds, flops):
     }
     if record is not None:
         claims |= record
-    if seconds is not None:
-        claims["train_seconds"] = seconds
     return claims | {
         "track": started["config"]["track"],
         "trial": started.get("trial", started.get("steps") is not None),
         "data_sha256": started["data"]["sha256"],
     }
+
+
+def clock(track, seconds, cap):
+    """Whether training will end in the track's time, if it has such a limit."""
+    if not cap:
+        return []
+    when = f"training will end after {seconds:,.0f} s, and {track} allows {cap:,}"
+    if seconds <= cap:
+        return [f"at this speed, {when}"]
+    return [f"TOO SLOW: at this speed, {when}; start again with --fit, or with fewer --epochs"]
 
 
 def begun(track, rules, standing):

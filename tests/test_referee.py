@@ -1036,7 +1036,6 @@ def test_a_run_that_may_become_a_record(copy, finished_run):
     assert " s of the 1,000,000,000 s that pocket allows" in seconds
     assert " FLOPs of the 1e+14 that pocket allows" in flops and "the standing record" in standing
     assert " compare " in compared and "audit.py " in audited and " submit " in submitted
-    assert judge.judge(finished_run, seconds=10**9, root=root) == []
 
 
 def test_a_run_that_will_be_over_the_budget(copy, finished_run, tmp_path):
@@ -1077,8 +1076,12 @@ def test_a_run_that_cannot_become_a_record(copy, finished_run, tmp_path, rules, 
 def test_a_clock_that_will_run_out(copy, finished_run):
     root, _ = copy
     change_rules(root, max_seconds=300)
+    when = "at this speed, training will end after"
+    assert judge.judge(finished_run, seconds=300.0, root=root) == [f"{when} 300 s, and pocket allows 300"]
     [line] = judge.judge(finished_run, seconds=301.0, root=root)
-    assert line == "at this speed training will take 301 s, the track allows 300; lower --epochs"
+    assert line.startswith(f"TOO SLOW: {when} 301 s, and pocket allows 300; ") and "--fit" in line
+    change_rules(root, max_seconds=None)
+    assert judge.judge(finished_run, seconds=301.0, root=root) == []
 
 
 # ---- render
