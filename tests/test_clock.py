@@ -159,6 +159,20 @@ def test_a_fitted_run_and_its_rest(tiny_data, tmp_path, monkeypatch, capped, clo
     assert log.of(reading.Compiled)[0].seconds >= 2e4
 
 
+def test_fit_leaves_training_as_it_is(tiny_data, tmp_path, capped):
+    """With everything that a step can have, really measured: all fits, and each loss is the same as without."""
+    recipe = dict(members=2, distill_alpha=0.4, mtp_weight=0.3, bag_size=2, bag_until=0.3, memory="3")
+    recipe |= dict(recall="2", dropout=0.1, ema=0.9, loop_times=1, loop_first=1, loop_last=1, epochs=0.3)
+    losses = []
+    for name, words in (("fitted", ["--fit"]), ("plain", [])):
+        status, _, err = fit_run(tiny_data, tmp_path / name, *words, **recipe)
+        assert status == 0, err
+        log = reading.read_log(tmp_path / name / "log.txt")
+        losses.append([entry._replace(seconds=0.0) for entry in log.of(reading.Step)])
+        assert any(line.startswith("fit: 0.3 of 0.3 epochs") for line in log.lines) == (name == "fitted")
+    assert losses[0] == losses[1] and len(losses[0]) > 20
+
+
 REFUSED = [
     (["--fit", "--steps", 5], "--steps"),
     (["--fit"], "has no limit in seconds"),
