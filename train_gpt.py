@@ -180,6 +180,11 @@ FINEWEB = (
     | dict(batch_tokens=524_288, device_tokens=16_384, loss_chunk=4096)
     | dict(embed_lr=0.15, head_lr=0.001, warmup=0.0, evals=12, eval_windows=512, save_every=500)
 )
+SHALLOW = (
+    FINEWEB
+    | dict(n_layer=16, n_embd=1024, n_head=8, mlp_hidden=2816, device_tokens=65_536)
+    | dict(weight_decay=0.8, wd_points="0:1,0.125:1,0.5:0.125,1:1.5625")
+)
 DEEP = (
     FINEWEB
     | dict(n_layer=30, n_embd=1792, n_head=14, mlp_hidden=4864)
@@ -199,9 +204,8 @@ PRESETS = {
     | dict(n_layer=12, n_embd=768, n_head=6, mlp_hidden=2112)
     | dict(batch_tokens=65_536, device_tokens=65_536, loss_chunk=8192)
     | dict(epochs=10, weight_decay=0.8, eval_windows=256, save_every=500),
-    "tiny": FINEWEB
-    | dict(n_layer=16, n_embd=1024, n_head=8, mlp_hidden=2816, device_tokens=65_536)
-    | dict(epochs=13, weight_decay=0.8, wd_points="0:1,0.125:1,0.5:0.125,1:1.5625"),
+    "solo": SHALLOW | dict(epochs=12),
+    "tiny": SHALLOW | dict(epochs=13),
     "limited": DEEP | dict(epochs=11, loop_last=20, loop_times=1, loop_from=0.64),
     "two_hour": DEEP | dict(device_tokens=8192),
     "unlimited": DEEP
@@ -2223,6 +2227,10 @@ def dry_run(c, n_ranks):
         cap = rules.get("max_seconds", math.inf)
         print(f"{seconds:,.0f} s at {UTILIZATION:.0%} of an H100's {GPU_FLOPS / 1e12:.0f} TFLOP/s")
         print(f"{'fits' if seconds <= cap else 'does NOT fit'} in the track's {cap:,} s")
+        beside = seconds_left(plan, 0, 0.0, m)
+        at_full_speed = seconds_left(plan, 0, 1 / (n_ranks * GPU_FLOPS), m) - beside
+        least = at_full_speed / max(1.0, cap - beside)
+        print(f"with evaluations and checkpoints, it fits from {least:.1%} on")
         print(f"{'fits' if peak <= GPU_GB else 'does NOT fit'} in {GPU_GB} GB, without the driver and NCCL")
 
 

@@ -69,6 +69,9 @@ def faults_of(claims, tracks, hashes):
         faults.append("it is a trial (--steps, or an edited script)")
     for what, value, limit in over_the_limits(claims, rules, tracks["datasets"][rules["dataset"]]):
         faults.append(WORDS[what].format(value, limit))
+    wanted = other_hardware(claims, rules)
+    if wanted:
+        faults.append(f"it ran on {claims['hardware']}, the track is for {wanted}")
     for name, digest in claims["data_sha256"].items():
         if hashes.get(name) not in (digest, OPEN):
             faults.append(f"{name} is not the track's")
@@ -88,6 +91,14 @@ def over_the_limits(claims, rules, dataset):
     return [(what, value, limit) for what, (value, limit) in values.items() if limit and value > limit]
 
 
+def other_hardware(claims, rules):
+    """What the track is for, in words, if the claimed hardware is something else; else None."""
+    names = rules.get("hardware", [])
+    if not names or any(name in claims["hardware"] for name in names):
+        return None
+    return " or ".join(names)
+
+
 def claims_so_far(run, started, record, flops):
     """What faults_of() asks for, of a run that may have no record.json yet."""
     machines = read_log(run / "log.txt").of(Hardware)
@@ -97,6 +108,7 @@ def claims_so_far(run, started, record, flops):
         "train_flops": flops or 0.0,
         "ranks": max((machine.ranks for machine in machines), default=1),
         "threads": max((machine.threads for machine in machines), default=1),
+        "hardware": machines[-1].name if machines else "",
     }
     if record is not None:
         claims |= record

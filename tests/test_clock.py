@@ -160,7 +160,7 @@ def test_a_fitted_run_and_its_rest(tiny_data, tmp_path, monkeypatch, capped, clo
 
 
 def test_fit_leaves_training_as_it_is(tiny_data, tmp_path, capped):
-    """With everything that a step can have, really measured: all fits, and each loss is the same as without."""
+    """With everything that a step can have, really measured: all fits, and each loss is as it is without."""
     recipe = dict(members=2, distill_alpha=0.4, mtp_weight=0.3, bag_size=2, bag_until=0.3, memory="3")
     recipe |= dict(recall="2", dropout=0.1, ema=0.9, loop_times=1, loop_first=1, loop_last=1, epochs=0.3)
     losses = []

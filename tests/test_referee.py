@@ -412,6 +412,15 @@ def test_tampered_records_are_named(copy, tamper, words):
     assert all(fault.startswith(name) and "\n" not in fault for fault in faults)
 
 
+@pytest.mark.parametrize("names, n_faults", [(["H100", "H200"], 2), (["H100", "cores"], 0), ([], 0)], ids=str)
+def test_hardware_of_the_track(copy, names, n_faults):
+    """Of each of the two seeds, which have trained on a CPU's cores."""
+    root, folder = copy
+    change_rules(root, hardware=names)
+    faults = verify.verify_record(folder, root)
+    assert len(faults) == n_faults and all("a track for H100 or H200" in fault for fault in faults), faults
+
+
 # ---- rerun.json
 
 
@@ -1055,6 +1064,7 @@ def test_a_run_that_will_be_over_the_budget(copy, finished_run, tmp_path):
         ({"max_seconds": 0.01}, {}, "s, the track allows 0.01"),
         ({"max_cores": 0.5}, {}, "1 cores, 0.5 are allowed"),
         ({"max_flops": 1e9}, {}, "FLOPs, the track allows 1e+09"),
+        ({"hardware": ["H100", "H200"]}, {}, " cores, the track is for H100 or H200"),
         ({}, {"trial": True}, "it is a trial"),
         ({}, {"config": {"track": "pocket", "train_tokens": 20_001}}, "--train_tokens 20,001 of 20,000"),
         ({}, {"data": {"sha256": {"val.bin": "0" * 64}}}, "val.bin is not the track's"),
