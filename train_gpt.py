@@ -9,8 +9,9 @@ Tokenrun: how low can validation loss go on a fixed budget of training tokens?
     python train_gpt.py --score runs/NAME --tokens data/pocket/val.bin --nll out.npy
     python train_gpt.py --sample runs/NAME --prompt "def "
 
-A run writes a folder: log.txt (this source, the environment, every step, the result), record.json,
-val_nll.npy and the weights. Change anything you like except the command line: a referee calls it.
+A run writes a folder: log.txt (this source, the environment, every step, the result), metrics.jsonl (every
+step), record.json, val_nll.npy and the weights. Change anything you like except the command line: a referee
+calls it.
 
 Sections, in order: config, schedules, machine, data, model, objective, optimizer, checkpoint, scoring,
 training, dry run, main. To change the model, see param_table and block; the loss: loss_function; the
