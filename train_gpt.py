@@ -9,8 +9,9 @@ Tokenrun: how low can validation loss go on a fixed budget of training tokens?
     python train_gpt.py --score runs/NAME --tokens data/pocket/val.bin --nll out.npy
     python train_gpt.py --sample runs/NAME --prompt "def "
 
-A run writes a folder: log.txt (this source, the environment, every step, the result), record.json,
-val_nll.npy and the weights. Change anything you like except the command line: a referee calls it.
+A run writes a folder: log.txt (this source, the environment, every step, the result), metrics.jsonl (every
+step), record.json, val_nll.npy and the weights. Change anything you like except the command line: a referee
+calls it.
 
 Sections, in order: config, schedules, machine, data, model, objective, optimizer, checkpoint, scoring,
 training, dry run, main. To change the model, see param_table and block; the loss: loss_function; the
@@ -192,6 +193,11 @@ FINEWEB = (
     | dict(batch_tokens=524_288, device_tokens=16_384, loss_chunk=4096)
     | dict(embed_lr=0.15, head_lr=0.001, warmup=0.0, evals=12, eval_windows=512, save_every=500)
 )
+SHALLOW = (
+    FINEWEB
+    | dict(n_layer=16, n_embd=1024, n_head=8, mlp_hidden=2816, device_tokens=65_536)
+    | dict(weight_decay=0.8, wd_points="0:1,0.125:1,0.5:0.125,1:1.5625")
+)
 DEEP = (
     FINEWEB
     | dict(n_layer=30, n_embd=1792, n_head=14, mlp_hidden=4864)
@@ -211,9 +217,8 @@ PRESETS = {
     | dict(n_layer=12, n_embd=768, n_head=6, mlp_hidden=2112)
     | dict(batch_tokens=65_536, device_tokens=65_536, loss_chunk=8192)
     | dict(epochs=10, weight_decay=0.8, eval_windows=256, save_every=500),
-    "tiny": FINEWEB
-    | dict(n_layer=16, n_embd=1024, n_head=8, mlp_hidden=2816, device_tokens=65_536)
-    | dict(epochs=13, weight_decay=0.8, wd_points="0:1,0.125:1,0.5:0.125,1:1.5625"),
+    "solo": SHALLOW | dict(epochs=12),
+    "tiny": SHALLOW | dict(epochs=13),
     "limited": DEEP | dict(epochs=11, loop_last=20, loop_times=1, loop_from=0.64),
     "two_hour": DEEP | dict(device_tokens=8192),
     "unlimited": DEEP
@@ -1701,6 +1706,37 @@ class Log:
         return self.file.tell()
 
 
+class Metrics:
+    """metrics.jsonl, on rank 0: what the log says of each step, as a line of JSON for other people's
+    dashboards. Every line has the same keys. A loss that the step does not have is null, and so is val_loss,
+    unless an evaluation followed the step."""
+
+    keys = "model step steps epoch loss bag_loss mtp kl lr tokens_per_second seconds val_loss".split()
+
+    def __init__(self, folder, m, progress):
+        """Drops the steps behind the checkpoint from which a run is resumed, and a line that a kill has cut
+        short."""
+        self.file = None
+        if not m.is_main:
+            return
+        self.file = open(folder / "metrics.jsonl", "a+b")
+        self.file.seek(0)
+        last = [progress["model"] + 1, progress["step"]]
+        kept = 0
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            for line in self.file:
+                entry = json.loads(line)
+                if [entry["model"], entry["step"]] > last or not line.endswith(b"\n"):
+                    break
+                kept += len(line)
+        self.file.truncate(kept)
+
+    def __call__(self, **values):
+        if self.file:
+            self.file.write(json.dumps(dict.fromkeys(self.keys) | values).encode() + b"\n")
+            self.file.flush()
+
+
 @dataclasses.dataclass
 class PlannedModel:
     """One entry of a run's training plan. Not a network: weights are dicts of tensors."""
@@ -1764,6 +1800,8 @@ class Run:
     val_inputs: np.ndarray  # of the whole validation stream, [1, length, 1 + n_lookups(c)]
     eval_inputs: np.ndarray  # of the windows that are evaluated during training
     log: Log
+    metrics: Metrics
+    fit_seconds: float  # that --fit took, on no clock
     # The model and step that come next; seconds on the track's clock and of compilation beside it; the
     # length of the log; the most ranks and threads that any part of the run had.
     progress: dict
@@ -1803,20 +1841,89 @@ def compile_all(models, m):
     return time.monotonic() - began
 
 
-def compile_model(model, m):
-    """A training pass for every phase and every size of micro-batch."""
-    c = model.c
-    p = {name: w.to(m.device).requires_grad_() for name, w in init_params(c).items()}
+def made_up_weights(model, m):
+    """A model's weights as they are drawn, and its teacher, (Config, weights), or None."""
+    p = {name: w.to(m.device).requires_grad_() for name, w in init_params(model.c).items()}
     teacher = None
     if model.teachers:
         c_teacher = model.teachers[0].c
         teacher = c_teacher, {name: w.to(m.device) for name, w in init_params(c_teacher).items()}
+    return p, teacher
+
+
+def compile_model(model, m):
+    """A training pass for every phase and every size of micro-batch."""
+    c = model.c
+    p, teacher = made_up_weights(model, m)
     rows = torch.arange(len(model.batches.plain.shard)).split(c.device_tokens // c.seq_len)
     for phase in sorted(set(model.batches.phases)):
         for n_rows in {len(part) for part in rows}:
             x = torch.zeros(n_rows, c.seq_len * phase.bag_size, 1 + n_lookups(c), dtype=torch.long)
             y = x[..., 0].contiguous().unflatten(1, (-1, phase.bag_size))
             train_pass(p, x, y, 1, c, m, phase, (0,), teacher)
+
+
+def seconds_left(plan, step, seconds_per_flop, m):
+    """Seconds that the models of a plan take from a step of the first one on, with all that is done beside
+    the steps: evaluations, counted in FLOPs, and checkpoints, estimated from their size."""
+    seconds = 0.0
+    for model in plan:
+        c = model.c
+        n_steps = model.batches.steps
+        n_evals = c.evals * (1 - step / n_steps)
+        eval_flops = c.eval_windows * c.seq_len * flops_per_token(c, phase_schedule(1.0, c))
+        memory = memory_estimate(model, m)
+        save_seconds = (memory["weights"] + memory["optimizer"] * m.world_size) * SAVE_SECONDS_PER_GB
+        seconds += (sum(model.step_flops[step:]) + n_evals * eval_flops) * seconds_per_flop
+        seconds += (1 + (n_steps - step) // c.save_every) * save_seconds
+        step = 0
+    return seconds
+
+
+FIT_SHARE = (
+    0.97  # of the track's seconds that --fit fills: a few steps on made-up tokens tell a speed roughly
+)
+FIT_STEPS = 3  # that are timed in each phase
+
+
+def measure_speed(plan, m):
+    """Seconds per FLOP in the slowest phase of a plan whose tokens are made up."""
+    slowest = 0.0
+    for model in distinct_models(plan):
+        p, teacher = made_up_weights(model, m)
+        optimizer = MuonAdamW(p, model.c, m)
+        for phase in sorted(set(model.batches.phases)):
+            step = model.batches.phases.index(phase)
+            for i in range(1 + FIT_STEPS):
+                losses = train_step(p, optimizer, model, step, m, teacher)
+                sum(losses.values()).item()  # waits for the device
+                if i == 0:  # the first one warms up
+                    began = time.monotonic()
+            slowest = max(slowest, (time.monotonic() - began) / FIT_STEPS / model.step_flops[step])
+    return slowest
+
+
+def fit(c, m):
+    """--fit: (the config, with fewer epochs if they would not fit in the track's seconds; the seconds that it
+    took to find out, which the clock leaves out)."""
+    cap = read_rules(c.track).get("max_seconds")
+    require(cap, f"--fit: track {c.track} has no limit in seconds; leave the option out")
+    barrier(m)
+    began = time.monotonic()
+    tokens = np.broadcast_to(np.uint16(0), (c.train_tokens, 1 + n_lookups(c)))
+    plan = training_plan(c, tokens, m)
+    compile_all(plan, m)
+    measured = torch.tensor([measure_speed(plan, m), began - START], dtype=torch.float64, device=m.device)
+    seconds_per_flop, startup = (all_reduce(m, measured) / m.world_size).tolist()
+    given = c.epochs
+    while (seconds := startup + seconds_left(plan, 0, seconds_per_flop, m)) > FIT_SHARE * cap:
+        epochs = math.floor(1000 * c.epochs * FIT_SHARE * cap / seconds) / 1000
+        require(epochs > 0, f"--fit: no number of epochs fits in the {cap:,} s of {c.track}; lower --n_layer")
+        c = dataclasses.replace(c, epochs=epochs)
+        plan = training_plan(c, tokens, m)
+    speed = f"{1 / seconds_per_flop:.3g} FLOP/s, measured on made-up tokens"
+    m.reasons["fit"] = f"{c.epochs:g} of {given:g} epochs, {seconds:,.0f} s of {cap:,} at {speed}"
+    return c, time.monotonic() - began
 
 
 def begin_log(run):
@@ -1838,6 +1945,8 @@ def begin_log(run):
     log(f"packages: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}")
     log(f"hardware: {hardware(m)}; {m.world_size} rank(s) of {torch.get_num_threads()} thread(s)")
     log(f"dtype: {m.reasons['dtype']}\nattention: {m.reasons['attention']}")
+    if "fit" in m.reasons:
+        log(f"fit: {m.reasons['fit']}")
 
 
 def train(run, state):
@@ -1847,7 +1956,7 @@ def train(run, state):
     progress["ranks"] = max(m.world_size, progress["ranks"])
     progress["threads"] = max(torch.get_num_threads(), progress["threads"])
     begin_log(run)
-    compile_seconds = compile_all(run.plan[progress["model"] :], m)
+    compile_seconds = run.fit_seconds + compile_all(run.plan[progress["model"] :], m)
     run.log(f"compiled: {m.reasons['compiled']}; {compile_seconds:.1f} s, which the clock leaves out")
     progress["compile_seconds"] += compile_seconds
     # So that run.seconds() goes on from progress["seconds"], without the compilation.
@@ -1979,13 +2088,19 @@ def train_model(run, model, state):
         lr = lr_schedule(model.batches.done(step), c) * c.muon_lr
         speed = (step + 1 - first_step) * c.batch_tokens / seconds
         times = f"tok/s {speed:.0f} time {run.progress['seconds']:.1f}s left {left:.0f}s"
-        line = f"{where} epoch {model.batches.epoch(step + 1):.3f} {terms} lr {lr:.5f} {times}"
+        epoch = model.batches.epoch(step + 1)
+        line = f"{where} epoch {epoch:.3f} {terms} lr {lr:.5f} {times}"
         run.log(line, pause=0.0 if step + 1 == n_steps else 2.0)
-        if step == first_step + 50:  # now the speed is known: will the run end within the track's limits?
+        if step + 1 == first_step + 100:  # now the speed is known: will the run end in the track's time?
+            left = seconds_left(run.plan[model.number :], step + 1, seconds / flops_done, m)
             ask_referee(run, "--seconds", f"{run.seconds() + left:.0f}")
+        val_loss = None
         if step + 1 in eval_after:
-            nll = stream_nll(ema or p, run.eval_inputs, c, m)
-            run.log(f"{model.name}eval {step + 1}/{n_steps} val_loss {mean_nll(nll):.4f} on {run.eval_name}")
+            val_loss = mean_nll(stream_nll(ema or p, run.eval_inputs, c, m))
+            run.log(f"{model.name}eval {step + 1}/{n_steps} val_loss {val_loss:.4f} on {run.eval_name}")
+        place = {"model": model.number + 1, "step": step + 1, "steps": n_steps, "epoch": epoch}
+        rates = {"lr": lr, "tokens_per_second": speed, "seconds": run.progress["seconds"]}
+        run.metrics(**place, **dict(zip(losses, values, strict=True)), **rates, val_loss=val_loss)
         if saving:
             save_state(run, p, optimizer, ema)
         if stop:
@@ -2159,6 +2274,10 @@ def dry_run(c, n_ranks):
         cap = rules.get("max_seconds", math.inf)
         print(f"{seconds:,.0f} s at {UTILIZATION:.0%} of an H100's {GPU_FLOPS / 1e12:.0f} TFLOP/s")
         print(f"{'fits' if seconds <= cap else 'does NOT fit'} in the track's {cap:,} s")
+        beside = seconds_left(plan, 0, 0.0, m)
+        at_full_speed = seconds_left(plan, 0, 1 / (n_ranks * GPU_FLOPS), m) - beside
+        least = at_full_speed / max(1.0, cap - beside)
+        print(f"with evaluations and checkpoints, it fits from {least:.1%} on")
         print(f"{'fits' if peak <= GPU_GB else 'does NOT fit'} in {GPU_GB} GB, without the driver and NCCL")
 
 
@@ -2194,8 +2313,13 @@ def train_command(given, args):
     enough = len(train_tokens) >= c.train_tokens
     require(enough, f"--train_tokens {c.train_tokens}: train.bin has only {len(train_tokens)}; lower it")
     lookup = Lookup(train_tokens[: c.train_tokens], c)
-    plan = training_plan(c, lookup.training_inputs(), m, options["steps"])
+    inputs = lookup.training_inputs()
+    plan = training_plan(c, inputs, m, options["steps"])
     set_compiled(m, args.compile, sum(model.train_flops for model in plan))
+    fit_seconds = 0.0
+    if args.fit:
+        c, fit_seconds = fit(c, m)
+        plan = training_plan(c, inputs, m)
     val_inputs = lookup.inputs(val_tokens[None])
     if m.is_main:
         folder.mkdir(parents=True, exist_ok=True)
@@ -2208,7 +2332,10 @@ def train_command(given, args):
         write_json(folder / "config.json", options | {"config": dataclasses.asdict(c), "data": meta})
     eval_inputs = evaluation_inputs(val_inputs[0], c)
     trial = options["trial"]
-    run = Run(folder, c, m, meta, trial, plan, lookup, val_inputs, eval_inputs, log, state["progress"])
+    progress = state["progress"]
+    metrics = Metrics(folder, m, progress)
+    parts = (plan, lookup, val_inputs, eval_inputs, log, metrics, fit_seconds, progress)
+    run = Run(folder, c, m, meta, trial, *parts)
     signal.signal(signal.SIGTERM, functools.partial(note_signal, run))
     signal.signal(signal.SIGINT, functools.partial(note_signal, run))
     train(run, state)
@@ -2277,6 +2404,8 @@ def parse_args(argv):
     parser.add_argument("--prompt", metavar="TEXT")
     parser.add_argument("--length", type=int, metavar="N", help="tokens that --sample writes at most [500]")
     parser.add_argument("--steps", type=int, metavar="N", help="squeeze a new run into N steps, as a trial")
+    shorten = "fewer epochs than the recipe's, if they would not end in the track's time on this machine"
+    parser.add_argument("--fit", action="store_true", help=shorten)
     parser.add_argument("--force", action="store_true", help="--resume with an edited script, as a trial")
     for name, choices in RUNTIME_CHOICES.items():
         parser.add_argument(f"--{name}", default="auto", choices=choices.split())
@@ -2298,6 +2427,7 @@ def parse_args(argv):
         args.resume = args.run_dir
         args.run_dir = None
         args.steps = None
+        args.fit = False
         exists = False
     require(not exists, f"--run_dir {args.run_dir}: already holds a run; --resume it, or name another folder")
     check_combination(given, args)
@@ -2313,9 +2443,10 @@ def check_combination(given, args):
         fits = command in ("train", "dry_run") or (command == "resume" and name in ("members", "student"))
         require(fits, f"--{name}: is for a new run, leave it out")
     owners = dict(tokens="score", nll="score", prompt="sample", length="sample", force="resume")
-    for name, owner in (owners | dict(run_dir="train", steps="train")).items():
+    for name, owner in (owners | dict(run_dir="train", steps="train", fit="train")).items():
         fits = getattr(args, name) in (None, False) or command == owner
         require(fits, f"--{name}: goes with {'a new run' if owner == 'train' else f'--{owner} RUN'}")
+    require(not (args.fit and args.steps), "--fit: leave out --steps, which shortens a run, too")
     require(args.steps is None or args.steps > 0, f"--steps {args.steps}: must be 1 or more")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from compare import compare_scores, read_scores
-from judge import over_the_limits
+from judge import other_hardware, over_the_limits
 from reading import (
     BLOCK,
     NAME,
@@ -456,6 +456,8 @@ def verify_run(faults, folder, run, tracks, hashes, tested):
     for what, value, limit in over_the_limits(run, rules, dataset):
         claimed, found = written.get(what, ("{}", "a limit of {}"))
         expect(False, what, claimed.format(value), found.format(limit))
+    wanted = other_hardware(run, rules)
+    expect(wanted is None, "hardware", run["hardware"], f"a track for {wanted}")
     for name, digest in run["data_sha256"].items():
         right = hashes.get(name)
         expect(right in (digest, OPEN), f"sha256 of {name}", digest, f"the track's {right}")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import reading
 import train_gpt as t
 from reference import EXACT, QUICK_END, config, environment, float64, run_main, weights_of
 from runs import PLAIN, ROOT, TINY, options, record_of, resume, start, wait_for
@@ -27,13 +28,21 @@ def told(run):
     return [line.split(" tok/s")[0] for line in text.splitlines() if line.startswith(wanted)]
 
 
+def metrics_of(run):
+    """The lines of metrics.jsonl, without the clock's."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    clock = dict.fromkeys(("tokens_per_second", "seconds"))
+    return [json.loads(line) | clock for line in lines]
+
+
 def assert_same_end(run, undisturbed):
-    """Bit for bit: weights, NLL of every block, every step's line."""
+    """Bit for bit: weights, NLL of every block, every step's line, also in metrics.jsonl."""
     weights = weights_of(run)
     for name, w in weights_of(undisturbed).items():
         assert torch.equal(weights[name], w), name
     assert (run / "val_nll.npy").read_bytes() == (undisturbed / "val_nll.npy").read_bytes()
     assert told(run) == told(undisturbed)
+    assert metrics_of(run) == metrics_of(undisturbed)
     (state,) = t.saved(run, "state")
     assert state.stat().st_size < 5000  # what is left holds the clock and no weights
     assert not list(run.glob("*.tmp"))
@@ -271,6 +280,41 @@ STEPS = 39  # of each model
 def chain(tiny_data, tmp_path_factory):
     """A finished chain of three members and a student, with every phase there is."""
     return train_tiny(tiny_data, tmp_path_factory.mktemp("runs") / "chain", **CHAIN)
+
+
+def test_metrics_are_the_logs(chain):
+    """A line for each step, with the same keys in each, and the log's numbers, which are rounded."""
+    lines = [json.loads(line) for line in (chain / "metrics.jsonl").read_text().splitlines()]
+    assert all(list(line) == t.Metrics.keys for line in lines)
+    log = reading.read_log(chain / "log.txt")
+    evals = {(entry.member, entry.step): entry.loss for entry in log.of(reading.Eval)}
+    steps = log.of(reading.Step)
+    for line, step in zip(lines, steps, strict=True):
+        assert (line["model"], line["step"], line["steps"]) == (step.member, step.step, step.steps)
+        loss = line["bag_loss"] if step.of_bags else line["loss"]
+        assert (round(loss, 4), round(line["epoch"], 3)) == (step.loss, step.epoch)
+        assert (line["loss"] is None) == step.of_bags
+        assert (line["kl"] is None) == (step.of_bags or step.member == 1)
+        assert round(line["seconds"], 1) == step.seconds
+        val_loss = line["val_loss"] and round(line["val_loss"], 4)
+        assert val_loss == evals.get((step.member, step.step))
+    assert len(evals) == 4 and any(step.of_bags for step in steps)
+
+
+@pytest.mark.parametrize(
+    "end", [b'{"model": 1, "st', b"[]\n", b"5\n", b'{"model": "x", "step": 0}\n'], ids=str
+)
+def test_metrics_that_a_kill_has_cut_short(tmp_path, end):
+    """Steps behind the checkpoint go, whatever is no step goes, and all others stay as they are."""
+    place = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (3, 1)]
+    lines = [json.dumps({"model": model, "step": step, "own": 0.1}).encode() for model, step in place]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, end]))
+    m = t.Machine(torch.device("cpu"), torch.float32)
+    metrics = t.Metrics(tmp_path, m, {"model": 1, "step": 2})
+    metrics(model=2, step=3)
+    content = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+    assert content[:-1] == lines[:4]
+    assert json.loads(content[-1]) == dict.fromkeys(t.Metrics.keys) | {"model": 2, "step": 3}
 
 
 @pytest.mark.parametrize("when", ["in the third member", "between two", "in the student"])
