@@ -9,8 +9,9 @@ Tokenrun: how low can validation loss go on a fixed budget of training tokens?
     python train_gpt.py --score runs/NAME --tokens data/pocket/val.bin --nll out.npy
     python train_gpt.py --sample runs/NAME --prompt "def "
 
-A run writes a folder: log.txt (this source, the environment, every step, the result), record.json,
-val_nll.npy and the weights. Change anything you like except the command line: a referee calls it.
+A run writes a folder: log.txt (this source, the environment, every step, the result), metrics.jsonl (every
+step), record.json, val_nll.npy and the weights. Change anything you like except the command line: a referee
+calls it.
 
 Sections, in order: config, schedules, machine, data, model, objective, optimizer, checkpoint, scoring,
 training, dry run, main. To change the model, see param_table and block; the loss: loss_function; the
@@ -25,6 +26,11 @@ import time
 START = time.monotonic()  # The track's clock starts before the imports, which take seconds.
 
 import os
+import sys
+
+if os.name == "nt":
+    print("train_gpt.py needs Linux or macOS; on Windows, run it in WSL (wsl --install)", file=sys.stderr)
+    sys.exit(2)
 
 # An OpenMP thread that waits for the others spins for a while before it sleeps. The default spins so long
 # that a busy neighbor on the same cores slows training to a fraction of its fair share. Read when torch is
@@ -34,6 +40,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import errno
 import fcntl
 import functools
@@ -49,7 +56,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -79,7 +85,8 @@ class UserError(Exception):
     stopped."""
 
     def __init__(self, message, status=2):
-        super().__init__(message)
+        # It may quote a file that somebody else made: such a text must not fill or steer the terminal.
+        super().__init__("".join(c if c.isprintable() else "?" for c in message[:1000]))
         self.status = status
 
 
@@ -91,6 +98,12 @@ def require(condition, message):
 def printable(text):
     """Control characters as escapes: they would act on the terminal, and spoil a log for its readers."""
     return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
+
+
+def did_you_mean(name, names, otherwise):
+    """A hint at the one of the names that a mistyped one is close to."""
+    close = difflib.get_close_matches(name[:2] + name[2:].replace("-", "_"), names, n=1)
+    return f"did you mean {close[0]}?" if close else otherwise
 
 
 def first_line(e):
@@ -251,6 +264,11 @@ FINEWEB = (
     | dict(batch_tokens=524_288, device_tokens=16_384, loss_chunk=4096)
     | dict(embed_lr=0.15, head_lr=0.001, warmup=0.0, evals=12, eval_windows=512, save_every=500)
 )
+SHALLOW = (
+    FINEWEB
+    | dict(n_layer=16, n_embd=1024, n_head=8, mlp_hidden=2816, device_tokens=65_536)
+    | dict(weight_decay=0.8, wd_points="0:1,0.125:1,0.5:0.125,1:1.5625")
+)
 DEEP = (
     FINEWEB
     | dict(n_layer=30, n_embd=1792, n_head=14, mlp_hidden=4864)
@@ -270,9 +288,8 @@ PRESETS = {
     | dict(n_layer=12, n_embd=768, n_head=6, mlp_hidden=2112)
     | dict(batch_tokens=65_536, device_tokens=65_536, loss_chunk=8192)
     | dict(epochs=10, weight_decay=0.8, eval_windows=256, save_every=500),
-    "tiny": FINEWEB
-    | dict(n_layer=16, n_embd=1024, n_head=8, mlp_hidden=2816, device_tokens=65_536)
-    | dict(epochs=13, weight_decay=0.8, wd_points="0:1,0.125:1,0.5:0.125,1:1.5625"),
+    "solo": SHALLOW | dict(epochs=12),
+    "tiny": SHALLOW | dict(epochs=13),
     "limited": DEEP | dict(epochs=11, loop_last=20, loop_times=1, loop_from=0.64),
     "two_hour": DEEP | dict(device_tokens=8192),
     "unlimited": DEEP
@@ -280,17 +297,23 @@ PRESETS = {
     | dict(loop_times=4, members=8, distill_alpha=0.4),
 }
 
-# Lowest and highest value of the fields that cannot take every value of their type. BELOW_1: a dropout of 1
-# would leave nothing, and a phase that begins at 1 would never come.
+# Lowest and highest value of each number. Sizes end far beyond any use, so that no slip and no made-up
+# config.json asks for an absurd amount of memory. BELOW_1: a dropout of 1 would leave nothing, and a phase
+# that begins at 1 would never come.
 BELOW_1 = math.nextafter(1.0, 0.0)
 RANGES = (
-    ("n_layer n_embd n_head mlp_hidden seq_len window_short bag_size members chains loss_chunk", 1, math.inf),
-    ("teacher_switch_every batch_tokens train_tokens eval_windows save_every cpu_threads", 1, math.inf),
-    ("seed vocab_size bos_id loop_first loop_last loop_times score_stride evals", 0, math.inf),
-    ("muon_lr embed_lr head_lr scalar_lr weight_decay mtp_weight", 0, math.inf),
+    ("n_layer n_head bag_size members chains", 1, 1000),
+    ("loop_first loop_last loop_times evals", 0, 1000),
+    ("n_embd window_short", 1, 2**16),
+    ("mlp_hidden seq_len loss_chunk", 1, 2**20),
+    ("batch_tokens device_tokens train_tokens eval_windows", 1, 2**29),
+    ("teacher_switch_every save_every cpu_threads", 1, 2**31),
+    ("seed score_stride", 0, 2**31),
+    ("vocab_size bos_id", 0, 2**16 - 1),
+    ("muon_lr embed_lr head_lr scalar_lr weight_decay mtp_weight", 0, 1e6),
     ("warmup warmdown momentum_start momentum_warmup muon_momentum muon_beta2 distill_alpha", 0, 1),
     ("dropout loop_from bag_until ema adam_beta1 adam_beta2", 0, BELOW_1),
-    ("softcap epochs distill_temp", 1e-6, math.inf),
+    ("softcap epochs distill_temp", 1e-6, 1e6),
 )
 
 
@@ -299,8 +322,7 @@ def check_config(c):
     for names, low, high in RANGES:
         for name in names.split():
             value = getattr(c, name)
-            in_range = low <= value <= high and value < math.inf
-            require(in_range, f"--{name} {value}: must be from {low} to {high:g}")
+            require(low <= value <= high, f"--{name} {value}: must be from {low} to {high:.10g}")
 
     def given(*names):
         return " ".join(f"--{name} {getattr(c, name)}" for name in names)
@@ -319,8 +341,8 @@ def check_config(c):
     require(loop_exists, f"{given('loop_first', 'loop_last')}: not a range of layers 0 to {c.n_layer - 1}")
     require(c.dtype in ("auto", "bf16", "fp32"), f"{given('dtype')}: choose auto, bf16 or fp32")
     for name in ("recall", "memory"):
-        well_formed = re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", getattr(c, name))
-        require(well_formed, f"{given(name)}: write lengths with commas between, such as 4,8,16")
+        well_formed = re.fullmatch(r"([1-9]\d{0,3}(,[1-9]\d{0,3}){0,99})?", getattr(c, name))
+        require(well_formed, f"{given(name)}: write up to 100 lengths with commas between, such as 4,8,16")
     fractions = [fraction for fraction, _ in wd_points(c)] if is_course else []
     rising = is_course and fractions == sorted(fractions)
     require(rising, f"{given('wd_points')}: write rising fraction:multiple pairs, such as 0:1,0.5:0.1,1:1.5")
@@ -330,18 +352,18 @@ def check_config(c):
         check_config(student)
 
 
+KINDS = {bool: "0 or 1", int: "a whole number", float: "a number", str: "one line of text"}
+BOOLS = {"0": False, "1": True, "false": False, "true": True}
+
+
 def parse_value(name, value):
-    """A value of the Config field `name`, given as a string or as JSON has it, in the field's type."""
+    """A value of the Config field `name`: of the field's type, or a string that holds one."""
     kind = Config.__dataclass_fields__[name].type
-    try:
-        if kind is bool:
-            require(str(value) in ("0", "1", "False", "True"), f"--{name} {value}: must be 0 or 1")
-            return str(value) in ("1", "True")
-        parsed = kind(value)
-        require(kind is str or parsed == float(value), f"--{name} {value}: must be a whole number")
-        return parsed
-    except (ValueError, TypeError, OverflowError):
-        raise UserError(f"--{name} {value}: cannot be read as {kind.__name__}") from None
+    fits = type(value) in (kind, str) or (kind is float and type(value) is int)
+    with contextlib.suppress(ValueError, OverflowError, KeyError):
+        if fits and str(value).isprintable():
+            return BOOLS[str(value).lower()] if kind is bool else kind(value)
+    raise UserError(f"--{name} {value}: must be {KINDS[kind]}")
 
 
 def make_config(given):
@@ -363,11 +385,10 @@ def model_configs(c):
         return members
     changes = dict(change.partition("=")[::2] for change in c.student.split(","))
     of_the_run = "track data train_tokens vocab_size bos_id seed members chains student recall memory softcap"
+    names = Config.__dataclass_fields__.keys() - of_the_run.split()
     for name in changes:
-        require(
-            name in Config.__dataclass_fields__ and name not in of_the_run.split(),
-            f"--student {c.student}: write name=value pairs of recipe options; {name!r} is not one",
-        )
+        hint = did_you_mean(name, names, "write name=value pairs of recipe options")
+        require(name in names, f"--student {c.student}: {name!r} is none that a student can change; {hint}")
     # A student begins where its teachers ended: past the bags, with all loops.
     values = {"bag_until": 0.0, "loop_from": 0.0} | {
         name: parse_value(name, changes[name]) for name in changes
@@ -603,6 +624,8 @@ def seconds_waited():
 
 HEADER_INTS = 256
 MAGIC = 20240520  # the shard format of llm.c and modded-nanogpt; data/README.md
+MAX_TOKEN_BYTES = 2**30  # of a file of tokens: five times the largest that a track has
+MAX_JSON_BYTES = 2**20
 NO_TOKEN = 65535  # where a look-up finds nothing; no token has this id
 
 
@@ -620,22 +643,38 @@ def from_prepare(function, *args):
         raise UserError(str(e)) from None
 
 
+def read_file(path, limit, parse):
+    """parse(the bytes of a file), which raises anything where they are not as they should be. Every file that
+    somebody else may have made is read here: UserError where it is a pipe or a device, which might never end,
+    where it has more than `limit` bytes, and where parse() raises."""
+    try:
+        require(path.is_file(), "no such file, or not a plain one; check the path")
+        size = path.stat().st_size
+        require(size <= limit, f"{size:,} bytes, more than the {limit:,} that such a file may have")
+        return parse(path.read_bytes())
+    except UserError as e:
+        problem = str(e)
+    except OSError as e:
+        problem = e.strerror
+    except Exception as e:
+        problem = f"damaged, or of another version of this script ({first_line(e)})"
+    raise UserError(f"{path}: {problem}")
+
+
 def read_json(path, check):
     """check(what the file holds), which raises where that is not as it should be."""
-    try:
-        return check(json.loads(path.read_text()))
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}; name the folder of a run or of prepared data") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: damaged, or of another version of this script ({first_line(e)})") from None
+    return read_file(path, MAX_JSON_BYTES, lambda data: check(json.loads(data)))
 
 
 def check_meta(meta):
-    """meta, if it describes token shards; else KeyError, TypeError or ValueError."""
+    """meta, if it describes token shards; else KeyError, TypeError or UserError."""
     texts = [meta["tokenizer"], meta["sha256"]["train.bin"], meta["sha256"]["val.bin"]]
-    in_range = 0 <= meta["bos_id"] < meta["vocab_size"] <= NO_TOKEN and meta["text_bytes"]["val"] > 0
-    if not in_range or not all(isinstance(text, str) for text in texts):
-        raise ValueError("values out of range")
+    numbers = bos_id, vocab_size, text_bytes = meta["bos_id"], meta["vocab_size"], meta["text_bytes"]["val"]
+    typed = {type(text) for text in texts} == {str} and {type(number) for number in numbers} == {int}
+    in_range = typed and 0 <= bos_id < vocab_size <= NO_TOKEN and 0 < text_bytes < 2**40
+    require(
+        in_range, "bos_id, vocab_size or text_bytes is not a whole number in its range, or a text is none"
+    )
     return meta
 
 
@@ -645,7 +684,9 @@ def find_data(c, m):
     if c.data == "pocket" and m.is_main and not (folder / "meta.json").exists():
         from_prepare("prepare_pocket")
     barrier(m)
-    remedy = "say with --data where it is, or prepare it: python data/prepare.py --help"
+    known = {preset.get("data") for preset in PRESETS.values()}
+    command = f"python data/prepare.py {c.data if c.data in known else '--help'}"
+    remedy = f"prepare it with {command}, or say with --data where it is"
     require(folder.is_dir(), f"{folder}: no data there; {remedy}")
     return folder
 
@@ -661,35 +702,46 @@ def with_vocabulary(c, meta):
 
 
 def read_shard(path, vocab_size, sha256=None):
-    """Token ids of a shard, uint16 [n], memory-mapped, after every check of the file."""
-    try:
-        size = os.path.getsize(path)
-        header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    """Token ids of a shard, uint16 [n], after every check of the file. It is read once: what a run trains on
+    is what was checked, whatever happens to the file meanwhile."""
+
+    def parse(data):
+        header = np.frombuffer(data[: 4 * HEADER_INTS], dtype="<i4")
         is_shard = len(header) == HEADER_INTS and header[0] == MAGIC and header[1] == 1
-        require(is_shard, f"{path}: not a token shard; data/README.md has the format")
+        require(is_shard, "not a token shard; data/README.md has the format")
         n = int(header[2])
         expected = 4 * HEADER_INTS + 2 * n
-        require(
-            n > 1 and size == expected,
-            f"{path}: {size:,} bytes, its header's {n:,} tokens take {expected:,}; prepare the data again",
-        )
-        if sha256:
-            digest = hashlib.sha256(np.memmap(path, mode="r")).hexdigest()
-            require(
-                digest == sha256, f"{path}: changed, its sha256 is not meta.json's; prepare the data again"
-            )
-        tokens = np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(n,))
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror}") from None
-    check_ids(tokens, vocab_size, path)
+        fits = n > 1 and len(data) == expected
+        found = f"{len(data):,} bytes, its header's {n:,} tokens take {expected:,}"
+        require(fits, f"{found}; prepare the data again")
+        unchanged = sha256 in (None, hashlib.sha256(data).hexdigest())
+        require(unchanged, "changed, its sha256 is not meta.json's; prepare the data again")
+        return check_ids(np.frombuffer(data, dtype="<u2", offset=4 * HEADER_INTS), vocab_size)
+
+    return read_file(path, MAX_TOKEN_BYTES, parse)
+
+
+def read_streams(path, vocab_size):
+    """Token ids of independent streams, uint16 [n_streams, length], in a .npy file."""
+
+    def parse(data):
+        # Read by hand: numpy would first allocate whatever the header claims.
+        f = io.BytesIO(data)
+        require(np.lib.format.read_magic(f) == (1, 0), "not a .npy file of version 1.0")
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(f)
+        fits = dtype == np.uint16 and len(shape) == 2 and 0 < 2 * math.prod(shape) == len(data) - f.tell()
+        require(fits, f"{dtype} {list(shape)} or cut short, not uint16 [n_streams, length]")
+        streams = np.frombuffer(data, dtype="<u2", offset=f.tell())
+        return check_ids(streams.reshape(shape, order="F" if is_fortran else "C"), vocab_size)
+
+    return read_file(path, MAX_TOKEN_BYTES, parse)
+
+
+def check_ids(tokens, vocab_size):
+    highest = int(tokens.max())
+    known = highest < vocab_size
+    require(known, f"holds token {highest}, but the vocabulary has only {vocab_size}: another tokenizer's?")
     return tokens
-
-
-def check_ids(tokens, vocab_size, path):
-    require(
-        int(tokens.max()) < vocab_size,
-        f"{path}: holds token {tokens.max()}, but the vocabulary has only {vocab_size}: another tokenizer's?",
-    )
 
 
 def lengths(text):
@@ -883,6 +935,8 @@ class Batches:
     def __init__(self, inputs, c, m, steps=None):
         self.plain = Loader(inputs, c, m.rank, m.world_size)
         self.steps = min(self.plain.steps, steps or self.plain.steps)
+        countable = self.steps < 10**7
+        require(countable, f"--epochs {c.epochs}: {self.steps:,} steps, but checkpoints count to 10,000,000")
         self.phases = [phase_schedule(self.done(step), c) for step in range(self.steps)]
         self.n_bag_steps = sum(phase.bag_size > 1 for phase in self.phases)
         self.bags = self.plain
@@ -1511,7 +1565,8 @@ def is_free(folder):
     if not folder.is_dir():
         return not os.path.lexists(folder)
     held = {path.name: path for path in set(folder.iterdir()) - set(leftovers(folder))}
-    if not held.keys() <= {"config.json", "log.txt"} or not all(path.is_file() for path in held.values()):
+    stages = ("", "log.txt", "config.json log.txt", "config.json log.txt metrics.jsonl")
+    if " ".join(sorted(held)) not in stages or not all(path.is_file() for path in held.values()):
         return False
     head = b""
     if "log.txt" in held:
@@ -1586,7 +1641,9 @@ def load_state(folder, force=False):
 
 # Where a run's data lies, and what its machine has memory for: what it computes does not depend on these.
 PLACE_OPTIONS = ("data", "device_tokens", "loss_chunk")
-RUNTIME_OPTIONS = ("steps", "device", "attention", "compile")  # chosen at the start, kept on resume
+# Chosen at the start, kept on resume.
+RUNTIME_CHOICES = dict(device="auto cpu cuda", attention="auto varlen flex sdpa", compile="auto on off")
+RUNTIME_OPTIONS = ("steps", *RUNTIME_CHOICES)
 
 
 def read_run(folder):
@@ -1594,7 +1651,11 @@ def read_run(folder):
 
     def check(stored):
         options = {name: stored[name] for name in RUNTIME_OPTIONS}
-        options["trial"] = stored.get("trial", stored["steps"] is not None)
+        steps = options["steps"]
+        options["trial"] = stored.get("trial", steps is not None)
+        known = all(options[name] in choices.split() for name, choices in RUNTIME_CHOICES.items())
+        typed = type(options["trial"]) is bool and (steps is None or (type(steps) is int and steps > 0))
+        require(known and typed, "a run cannot have these options")
         return make_config(stored["config"]), check_meta(stored["data"]), options
 
     return read_json(folder / "config.json", check)
@@ -1686,6 +1747,7 @@ def run_nll(folder, inputs, c, m, show=None):
     scored = scored_models(c)
     for n, (number, c_model) in enumerate(scored, start=1):
         nll = stream_nll(load_weights(folder, number, c_model, m), inputs, c_model, m)
+        require(np.isfinite(nll).all(), f"{folder}: model {number + 1} predicts NaN; train it again")
         total = add_model(total, nll)
         if show and len(scored) > 1:
             together = f"the members so far together: {mean_nll(total + math.log(n)):.6f} nats per token"
@@ -1752,17 +1814,7 @@ def score_command(given, args):
     if is_shard:
         streams = read_shard(args.tokens, c.vocab_size)[None]
     else:
-        try:
-            streams = np.load(args.tokens, allow_pickle=False)
-        except (OSError, ValueError, EOFError, MemoryError) as e:
-            message = f"--tokens {args.tokens}: cannot be read as an array of numbers ({first_line(e)})"
-            raise UserError(message) from None
-        kind = f"{streams.dtype} {list(streams.shape)}" if isinstance(streams, np.ndarray) else "an archive"
-        require(
-            kind.startswith("uint16 [") and streams.ndim == 2 and streams.size > 0,
-            f"--tokens {args.tokens}: {kind}, not uint16 [n_streams, length]",
-        )
-        check_ids(streams, c.vocab_size, args.tokens)
+        streams = read_streams(args.tokens, c.vocab_size)
     nll = run_nll(args.score, lookup.inputs(streams), c, m).astype(np.float32)
     if m.is_main:
         write_npy(args.nll, nll[0] if is_shard else nll)
@@ -1850,6 +1902,40 @@ class Log:
         return self.file.tell()
 
 
+class Metrics:
+    """metrics.jsonl, on rank 0: what the log says of each step, as a line of JSON for other people's
+    dashboards. Every line has the same keys. A loss that the step does not have is null, and so is val_loss,
+    unless an evaluation followed the step."""
+
+    keys = "model step steps epoch loss bag_loss mtp kl lr tokens_per_second seconds val_loss".split()
+
+    def __init__(self, folder, m, progress):
+        """Drops the steps behind the checkpoint from which a run is resumed, and a line that a kill has cut
+        short."""
+        self.file = None
+        if not m.is_main:
+            return
+        self.path = folder / "metrics.jsonl"
+        with writing(self.path):
+            self.file = open(self.path, "a+b")
+        self.file.seek(0)
+        last = [progress["model"] + 1, progress["step"]]
+        kept = 0
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            for line in self.file:
+                entry = json.loads(line)
+                if [entry["model"], entry["step"]] > last or not line.endswith(b"\n"):
+                    break
+                kept += len(line)
+        self.file.truncate(kept)
+
+    def __call__(self, **values):
+        if self.file:
+            with writing(self.path):
+                self.file.write(json.dumps(dict.fromkeys(self.keys) | values).encode() + b"\n")
+                self.file.flush()
+
+
 @dataclasses.dataclass
 class PlannedModel:
     """One entry of a run's training plan. Not a network: weights are dicts of tensors."""
@@ -1913,6 +1999,8 @@ class Run:
     val_inputs: np.ndarray  # of the whole validation stream, [1, length, 1 + n_lookups(c)]
     eval_inputs: np.ndarray  # of the windows that are evaluated during training
     log: Log
+    metrics: Metrics
+    fit_seconds: float  # that --fit took, on no clock
     # The model and step that come next; seconds on the track's clock and of compilation beside it; the
     # length of the log; the most ranks and threads that any part of the run had.
     progress: dict
@@ -1977,20 +2065,89 @@ def compile_failure(e):
     return f"the compiler failed, {first_line(e)}"
 
 
-def compile_model(model, m):
-    """A training pass for every phase and every size of micro-batch."""
-    c = model.c
-    p = {name: w.to(m.device).requires_grad_() for name, w in init_params(c).items()}
+def made_up_weights(model, m):
+    """A model's weights as they are drawn, and its teacher, (Config, weights), or None."""
+    p = {name: w.to(m.device).requires_grad_() for name, w in init_params(model.c).items()}
     teacher = None
     if model.teachers:
         c_teacher = model.teachers[0].c
         teacher = c_teacher, {name: w.to(m.device) for name, w in init_params(c_teacher).items()}
+    return p, teacher
+
+
+def compile_model(model, m):
+    """A training pass for every phase and every size of micro-batch."""
+    c = model.c
+    p, teacher = made_up_weights(model, m)
     rows = torch.arange(len(model.batches.plain.shard)).split(c.device_tokens // c.seq_len)
     for phase in sorted(set(model.batches.phases)):
         for n_rows in {len(part) for part in rows}:
             x = torch.zeros(n_rows, c.seq_len * phase.bag_size, 1 + n_lookups(c), dtype=torch.long)
             y = x[..., 0].contiguous().unflatten(1, (-1, phase.bag_size))
             train_pass(p, x, y, 1, c, m, phase, (0,), teacher)
+
+
+def seconds_left(plan, step, seconds_per_flop, m):
+    """Seconds that the models of a plan take from a step of the first one on, with all that is done beside
+    the steps: evaluations, counted in FLOPs, and checkpoints, estimated from their size."""
+    seconds = 0.0
+    for model in plan:
+        c = model.c
+        n_steps = model.batches.steps
+        n_evals = c.evals * (1 - step / n_steps)
+        eval_flops = c.eval_windows * c.seq_len * flops_per_token(c, phase_schedule(1.0, c))
+        memory = memory_estimate(model, m)
+        save_seconds = (memory["weights"] + memory["optimizer"] * m.world_size) * SAVE_SECONDS_PER_GB
+        seconds += (sum(model.step_flops[step:]) + n_evals * eval_flops) * seconds_per_flop
+        seconds += (1 + (n_steps - step) // c.save_every) * save_seconds
+        step = 0
+    return seconds
+
+
+FIT_SHARE = (
+    0.97  # of the track's seconds that --fit fills: a few steps on made-up tokens tell a speed roughly
+)
+FIT_STEPS = 3  # that are timed in each phase
+
+
+def measure_speed(plan, m):
+    """Seconds per FLOP in the slowest phase of a plan whose tokens are made up."""
+    slowest = 0.0
+    for model in distinct_models(plan):
+        p, teacher = made_up_weights(model, m)
+        optimizer = MuonAdamW(p, model.c, m)
+        for phase in sorted(set(model.batches.phases)):
+            step = model.batches.phases.index(phase)
+            for i in range(1 + FIT_STEPS):
+                losses = train_step(p, optimizer, model, step, m, teacher)
+                sum(losses.values()).item()  # waits for the device
+                if i == 0:  # the first one warms up
+                    began = time.monotonic()
+            slowest = max(slowest, (time.monotonic() - began) / FIT_STEPS / model.step_flops[step])
+    return slowest
+
+
+def fit(c, m):
+    """--fit: (the config, with fewer epochs if they would not fit in the track's seconds; the seconds that it
+    took to find out, which the clock leaves out)."""
+    cap = read_rules(c.track).get("max_seconds")
+    require(cap, f"--fit: track {c.track} has no limit in seconds; leave the option out")
+    barrier(m)
+    began = time.monotonic()
+    tokens = np.broadcast_to(np.uint16(0), (c.train_tokens, 1 + n_lookups(c)))
+    plan = training_plan(c, tokens, m)
+    compile_all(plan, m)
+    measured = torch.tensor([measure_speed(plan, m), began - START], dtype=torch.float64, device=m.device)
+    seconds_per_flop, startup = (all_reduce(m, measured) / m.world_size).tolist()
+    given = c.epochs
+    while (seconds := startup + seconds_left(plan, 0, seconds_per_flop, m)) > FIT_SHARE * cap:
+        epochs = math.floor(1000 * c.epochs * FIT_SHARE * cap / seconds) / 1000
+        require(epochs > 0, f"--fit: no number of epochs fits in the {cap:,} s of {c.track}; lower --n_layer")
+        c = dataclasses.replace(c, epochs=epochs)
+        plan = training_plan(c, tokens, m)
+    speed = f"{1 / seconds_per_flop:.3g} FLOP/s, measured on made-up tokens"
+    m.reasons["fit"] = f"{c.epochs:g} of {given:g} epochs, {seconds:,.0f} s of {cap:,} at {speed}"
+    return c, time.monotonic() - began
 
 
 def begin_log(run):
@@ -2012,6 +2169,8 @@ def begin_log(run):
     log(f"packages: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}")
     log(f"hardware: {hardware(m)}; {m.world_size} rank(s) of {torch.get_num_threads()} thread(s)")
     log(f"dtype: {m.reasons['dtype']}\nattention: {m.reasons['attention']}")
+    if "fit" in m.reasons:
+        log(f"fit: {m.reasons['fit']}")
 
 
 def train(run, state):
@@ -2021,7 +2180,7 @@ def train(run, state):
     progress["ranks"] = max(m.world_size, progress["ranks"])
     progress["threads"] = max(torch.get_num_threads(), progress["threads"])
     begin_log(run)
-    compile_seconds = compile_all(run.plan[progress["model"] :], m)
+    compile_seconds = run.fit_seconds + compile_all(run.plan[progress["model"] :], m)
     run.log(f"compiled: {m.reasons['compiled']}; {compile_seconds:.1f} s, which the clock leaves out")
     progress["compile_seconds"] += compile_seconds
     # So that run.seconds() goes on from progress["seconds"], without the compilation.
@@ -2153,13 +2312,19 @@ def train_model(run, model, state):
         lr = lr_schedule(model.batches.done(step), c) * c.muon_lr
         speed = (step + 1 - first_step) * c.batch_tokens / seconds
         times = f"tok/s {speed:.0f} time {run.progress['seconds']:.1f}s left {left:.0f}s"
-        line = f"{where} epoch {model.batches.epoch(step + 1):.3f} {terms} lr {lr:.5f} {times}"
+        epoch = model.batches.epoch(step + 1)
+        line = f"{where} epoch {epoch:.3f} {terms} lr {lr:.5f} {times}"
         run.log(line, pause=0.0 if step + 1 == n_steps else 2.0)
-        if step == first_step + 50:  # now the speed is known: will the run end within the track's limits?
+        if step + 1 == first_step + 100:  # now the speed is known: will the run end in the track's time?
+            left = seconds_left(run.plan[model.number :], step + 1, seconds / flops_done, m)
             ask_referee(run, "--seconds", f"{run.seconds() + left:.0f}")
+        val_loss = None
         if step + 1 in eval_after:
-            nll = stream_nll(ema or p, run.eval_inputs, c, m)
-            run.log(f"{model.name}eval {step + 1}/{n_steps} val_loss {mean_nll(nll):.4f} on {run.eval_name}")
+            val_loss = mean_nll(stream_nll(ema or p, run.eval_inputs, c, m))
+            run.log(f"{model.name}eval {step + 1}/{n_steps} val_loss {val_loss:.4f} on {run.eval_name}")
+        place = {"model": model.number + 1, "step": step + 1, "steps": n_steps, "epoch": epoch}
+        rates = {"lr": lr, "tokens_per_second": speed, "seconds": run.progress["seconds"]}
+        run.metrics(**place, **dict(zip(losses, values, strict=True)), **rates, val_loss=val_loss)
         if saving:
             save_state(run, p, optimizer, ema)
         if stop:
@@ -2333,6 +2498,10 @@ def dry_run(c, n_ranks):
         cap = rules.get("max_seconds", math.inf)
         print(f"{seconds:,.0f} s at {UTILIZATION:.0%} of an H100's {GPU_FLOPS / 1e12:.0f} TFLOP/s")
         print(f"{'fits' if seconds <= cap else 'does NOT fit'} in the track's {cap:,} s")
+        beside = seconds_left(plan, 0, 0.0, m)
+        at_full_speed = seconds_left(plan, 0, 1 / (n_ranks * GPU_FLOPS), m) - beside
+        least = at_full_speed / max(1.0, cap - beside)
+        print(f"with evaluations and checkpoints, it fits from {least:.1%} on")
         print(f"{'fits' if peak <= GPU_GB else 'does NOT fit'} in {GPU_GB} GB, without the driver and NCCL")
 
 
@@ -2370,8 +2539,13 @@ def train_command(given, args):
     enough = len(train_tokens) >= c.train_tokens
     require(enough, f"--train_tokens {c.train_tokens}: train.bin has only {len(train_tokens)}; lower it")
     lookup = Lookup(train_tokens[: c.train_tokens], c)
-    plan = training_plan(c, lookup.training_inputs(), m, options["steps"])
+    inputs = lookup.training_inputs()
+    plan = training_plan(c, inputs, m, options["steps"])
     set_compiled(m, args.compile, sum(model.train_flops for model in plan))
+    fit_seconds = 0.0
+    if args.fit:
+        c, fit_seconds = fit(c, m)
+        plan = training_plan(c, inputs, m)
     val_inputs = lookup.inputs(val_tokens[None])
     log = Log(folder, m)  # from here on the folder is this process's alone
     state = load_state(folder, args.force)
@@ -2383,7 +2557,10 @@ def train_command(given, args):
         write_json(folder / "config.json", options | {"config": dataclasses.asdict(c), "data": meta})
     eval_inputs = evaluation_inputs(val_inputs[0], c)
     trial = options["trial"]
-    run = Run(folder, c, m, meta, trial, plan, lookup, val_inputs, eval_inputs, log, state["progress"])
+    progress = state["progress"]
+    metrics = Metrics(folder, m, progress)
+    parts = (plan, lookup, val_inputs, eval_inputs, log, metrics, fit_seconds, progress)
+    run = Run(folder, c, m, meta, trial, *parts)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal was closed
     signal.signal(signal.SIGTERM, functools.partial(note_signal, run))
     signal.signal(signal.SIGINT, functools.partial(note_signal, run))
@@ -2471,7 +2648,14 @@ def parse_args(argv):
     """(the recipe's options that were given, all others)"""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.error = lambda message: require(False, f"{message}; --help lists the options")
+
+    def refuse(message):
+        _, _, words = message.partition("unrecognized arguments: ")
+        options = re.findall(r"--\w+", parser.format_usage())
+        hint = did_you_mean(re.split("[= ]", words)[0], options, "--help lists the options")
+        raise UserError(f"{message}; {hint}")
+
+    parser.error = refuse
     paths = (
         ("resume", "RUN", "continue a run that was stopped or killed"),
         ("score", "RUN", "score --tokens with a run's models, write --nll"),
@@ -2488,10 +2672,11 @@ def parse_args(argv):
     parser.add_argument("--prompt", metavar="TEXT")
     parser.add_argument("--length", type=int, metavar="N", help="tokens that --sample writes at most [500]")
     parser.add_argument("--steps", type=int, metavar="N", help="squeeze a new run into N steps, as a trial")
+    shorten = "fewer epochs than the recipe's, if they would not end in the track's time on this machine"
+    parser.add_argument("--fit", action="store_true", help=shorten)
     parser.add_argument("--force", action="store_true", help="--resume with an edited script, as a trial")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--attention", default="auto", choices=("auto", "varlen", "flex", "sdpa"))
-    parser.add_argument("--compile", default="auto", choices=("auto", "on", "off"))
+    for name, choices in RUNTIME_CHOICES.items():
+        parser.add_argument(f"--{name}", default="auto", choices=choices.split())
     recipe = parser.add_argument_group("recipe: the fields of Config [value without --track]")
     # The comment behind a field of Config is its help.
     comments = dict(re.findall(r"^    (\w+): \w+ = [^#\n]*# (.*)$", SOURCE.decode(), re.MULTILINE))
@@ -2514,6 +2699,7 @@ def parse_args(argv):
         args.resume = args.run_dir
         args.run_dir = None
         args.steps = None
+        args.fit = False
     if args.run_dir:
         remedy = "name a new folder, or --resume the run that it holds"
         require(is_free(args.run_dir), f"--run_dir {args.run_dir}: is not empty; {remedy}")
@@ -2534,9 +2720,10 @@ def check_combination(given, args):
     for name in given:
         require(name in fitting, f"--{name}: is for a new run, leave it out")
     owners = dict(tokens="score", nll="score", prompt="sample", length="sample", force="resume")
-    for name, owner in (owners | dict(run_dir="train", steps="train")).items():
+    for name, owner in (owners | dict(run_dir="train", steps="train", fit="train")).items():
         fits = getattr(args, name) in (None, False) or command == owner
         require(fits, f"--{name}: goes with {'a new run' if owner == 'train' else f'--{owner} RUN'}")
+    require(not (args.fit and args.steps), "--fit: leave out --steps, which shortens a run, too")
     require(args.steps is None or args.steps > 0, f"--steps {args.steps}: must be 1 or more")
 
 

@@ -13,15 +13,21 @@ the sources and their licenses. Documents are ordered by a sha256, of their path
 their content for prose and text; FineWeb's keep the order of its shards.
 """
 
+import os
+import sys
+
+if os.name == "nt":
+    print("prepare.py needs Linux or macOS; on Windows, run it in WSL (wsl --install)", file=sys.stderr)
+    sys.exit(2)
+
 import argparse
 import fcntl
 import hashlib
 import importlib.metadata
 import io
 import json
-import os
+import re
 import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -160,7 +166,7 @@ def read_shard(path, vocab_size):
     tokens = np.fromfile(path, dtype="<u2", offset=4 * HEADER_INTS)
     is_shard = len(header) == HEADER_INTS and tuple(header[:3]) == (MAGIC, VERSION, len(tokens))
     if not is_shard or len(tokens) == 0 or tokens.max() >= vocab_size:
-        raise DataError(f"{path}: not a shard of GPT-2 tokens, though it is what the Hub holds")
+        raise DataError(f"{path}: not a shard of GPT-2 tokens, though it is what {server()} holds")
     return tokens
 
 
@@ -413,20 +419,22 @@ def contains_any(text, passages):
 
 
 def fetch(repo, file, path):
-    """Download a file of a Hub dataset, or the rest of it where `path` holds a part. Returns its commit.
+    """Download a file of a public Hub dataset, or the rest of it where `path` holds a part.
 
-    huggingface-hub's own cache would start over after a kill.
+    Returns its commit, or None where the server, perhaps a mirror, states none. huggingface-hub's own cache
+    would start over after a kill.
     """
     # These take a second to import, and read HF_ENDPOINT and HF_HUB_OFFLINE.
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
 
     try:
-        remote = get_hf_file_metadata(hf_hub_url(repo, file, repo_type="dataset"))
+        # Nobody needs a token for this, and one that has expired would be refused.
+        remote = get_hf_file_metadata(hf_hub_url(repo, file, repo_type="dataset"), token=False)
         with open(path, "ab") as f:
             have = f.tell()
-            # A file that is longer cannot be a part of it.
-            if have > remote.size:
+            # A file that is longer cannot be a part of it. Without a size, nothing says that this is one.
+            if remote.size is None or have > remote.size:
                 have = f.truncate(0)
             http_get(remote.location, f, resume_size=have, expected_size=remote.size, displayed_filename=file)
     except Exception as e:
@@ -434,19 +442,42 @@ def fetch(repo, file, path):
         lines = str(e).splitlines() or [""]
         raise DataError(
             f"{file} of {repo}: not fetched ({type(e).__name__}: {lines[0][:150]}). "
-            f"What has arrived is kept in {path.parent}: connect to the internet and run this again, "
+            f"What has arrived is kept in {path.parent}: {remedy(e)}, "
             "or copy a prepared data/fineweb from a machine that has it"
         )
-    # For large files, the Hub's etag is their sha256.
     with open(path, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
-    if digest != remote.etag:
+    # For large files, the Hub's etag is their sha256. A mirror's may be anything.
+    if not re.fullmatch("[0-9a-f]{64}", remote.etag or ""):
+        print(f"{file}: {server()} states no sha256 to check; that of the file is {digest}", flush=True)
+    elif digest != remote.etag:
         path.unlink()
         raise DataError(
-            f"{file} of {repo}: damaged on arrival, its sha256 is not the one that the Hub states; "
+            f"{file} of {repo}: damaged on arrival, its sha256 is not the one that {server()} states; "
             "deleted, run this again"
         )
     return remote.commit_hash
+
+
+def server():
+    return os.environ.get("HF_ENDPOINT", "the Hub")
+
+
+def remedy(error):
+    """What a user can do about a download that failed."""
+    response = getattr(error, "response", None)
+    if response is not None and response.status_code == 429:
+        return f"{server()} asks to slow down; wait some minutes and run this again"
+    if response is not None and response.status_code >= 500:
+        return f"{server()} is in trouble; run this again later"
+    if response is not None:
+        return f"{server()} does not give it to everybody; set HF_ENDPOINT to another server, or unset it"
+    # Of the disk, or a file that ends too early. Where there is no network, it is a ConnectionError.
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        return "see to that and run this again"
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return "unset HF_HUB_OFFLINE, connect to the internet and run this again"
+    return "connect to the internet and run this again"
 
 
 def cut_stream(tokens, bos_id, counts):
@@ -477,7 +508,10 @@ def prepare_fineweb(out):
     commits = [fetch(FINEWEB["repo"], path.name, path) for path in shards]
     stream = np.concatenate([read_shard(path, encoding.n_vocab) for path in shards])
     splits = cut_stream(stream, encoding.eot_token, FINEWEB["tokens"])
-    write_dataset(out, splits, "gpt2", f"{FINEWEB['repo']}, commit {commits[-1]}")
+    source = FINEWEB["repo"]
+    if commits[-1]:
+        source += f", commit {commits[-1]}"
+    write_dataset(out, splits, "gpt2", source)
     for path in shards:
         path.unlink()
 

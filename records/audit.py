@@ -29,12 +29,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from reading import (
     BLOCK,
+    MAX_LOG_BYTES,
     ROOT,
     Refused,
     known_hash,
     printable,
     read_json,
     read_npy,
+    read_plain,
     read_shard,
     read_tracks,
     split_log,
@@ -754,7 +756,7 @@ def evidence_against(ratio):
 def run_command(run, folder):
     """(scorer command, track, claimed val_nll) of a run. The script in its log is written into `folder`."""
     try:
-        source, _, _ = split_log((run / "log.txt").read_bytes())
+        source, _, _ = split_log(read_plain(run / "log.txt", MAX_LOG_BYTES))
         record = read_json(run / "record.json")
         claimed = read_npy(run / "val_nll.npy", 1 << 24)
         track = str(record["track"])

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from curves import curves_of, loss_range
 from efficiency import compute_multiplier, data_efficiency, times
-from pictures import INK, draw_curve, draw_progress, figure, is_drawn, save_picture
+from pictures import COLORS, INK, draw_curve, draw_losses, draw_progress, figure, is_drawn, save_picture
 from reading import (
     ROOT,
     Refused,
@@ -181,8 +182,9 @@ def table(columns, rows):
     return [*lines, ""]
 
 
-def track_section(track, title, rows, drawn, overtaken):
-    """(lines, pictures) of a track that has records."""
+def track_section(track, title, rows, drawn, losses, overtaken):
+    """(lines, pictures) of a track that has records. drawn: what two of the pictures show; losses: what the
+    third does."""
     records = [row for row in rows if "name" in row]
     for row in rows:
         if "name" not in row:
@@ -193,14 +195,16 @@ def track_section(track, title, rows, drawn, overtaken):
         lines += [f"Overtaken, for a better record was merged first: {names}.", ""]
     lines += ["Cost of each record:", "", *table(COST, records)]
     pictures = {}
-    for kind, draw, words in (
-        ("progress", draw_progress, "loss and data efficiency, record by record"),
-        ("curve", draw_curve, "the baseline's loss on more tokens, and the records at the budget"),
+    baseline = "the baseline's loss on more tokens, and the records at the budget"
+    for kind, draw, data, words in (
+        ("progress", draw_progress, drawn, "loss and data efficiency, record by record"),
+        ("curve", draw_curve, drawn, baseline),
+        ("losses", draw_losses, losses, "training and validation loss over the epochs of the best records"),
     ):
         light = f"records/pictures/{track}_{kind}_light.svg"
         dark = f"records/pictures/{track}_{kind}_dark.svg"
-        pictures[light] = (draw, drawn, "light")
-        pictures[dark] = (draw, drawn, "dark")
+        pictures[light] = (draw, data, "light")
+        pictures[dark] = (draw, data, "dark")
         source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
         image = f'<img alt="{track}: {words}" src="{light}">'
         lines += [f"<picture>{source}{image}</picture>", ""]
@@ -231,8 +235,12 @@ def board_and_pictures(root):
                 "points": baselines[rules["dataset"]]["points"],
                 "look_ups": baselines[rules["dataset"]].get("with_look_ups", NOT_MEASURED)["points"],
             }
+            # As many as there are colors: the best.
+            best = [row["name"] for row in records[: len(COLORS["light"])]]
+            curves = [curves_of(root / "records" / track / name) for name in best]
+            losses = {"curves": curves, "range": loss_range(curves)}
             overtaken = [name for name in read_order(root)["overtaken"] if name.startswith(f"{track}/")]
-            lines, new = track_section(track, rules["title"], rows, drawn, overtaken)
+            lines, new = track_section(track, rules["title"], rows, drawn, losses, overtaken)
             sections += lines
             pictures |= new
         elif rows:

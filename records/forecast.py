@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from pictures import INK, figure, save_picture
+from pictures import INK, figure, save_pictures
 from reading import (
     ROOT,
     Alone,
@@ -462,7 +462,7 @@ def run_command(args):
         margin = "less what compare asks for"
         print(f"a record is a loss below {limit:.4f}: the standing one ({standing}) {margin}")
     if args.picture:
-        pictures(args.picture, lambda theme: draw_fan(run, life, limit, theme))
+        save_pictures(args.picture, lambda theme: draw_fan(run, life, limit, theme))
 
 
 def watch_command(args):
@@ -641,7 +641,7 @@ def calibrate_command(args):
             f"{lost:.0f} of {records:.0f} records stopped"
         )
     if args.picture:
-        pictures(args.picture, lambda theme: draw_calibration(final, predicted[:, [1, 3, 5]], theme))
+        save_pictures(args.picture, lambda theme: draw_calibration(final, predicted[:, [1, 3, 5]], theme))
 
 
 def calibration_row(curves, final, predicted, at):
@@ -811,17 +811,12 @@ def ladder_command(args):
     print(f"val_loss = {floor:.4f} + {level:.4g} * size ** -{power:.3f}")
     if args.picture:
         label = "parameters" if args.parameters else name
-        pictures(args.picture, lambda theme: draw_ladder(label, sizes, losses, n, law, predictions, theme))
+        save_pictures(
+            args.picture, lambda theme: draw_ladder(label, sizes, losses, n, law, predictions, theme)
+        )
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------
-
-
-def pictures(name, draw):
-    for theme in INK:
-        path = Path(f"{name}_{theme}.svg")
-        save_picture(path, draw(theme), "the logs")
-        print(path)
 
 
 def draw_fan(run, life, limit, theme):

@@ -13,25 +13,49 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from reading import Refused, read_json, require_keys, split_log, write_json
+from reading import (
+    MAX_LOG_BYTES,
+    MAX_WEIGHTS_BYTES,
+    Refused,
+    file_digest,
+    printable,
+    read_json,
+    read_plain,
+    require_keys,
+    split_log,
+    write_json,
+)
 
 # The name of a checkpoint is KIND-NUMBER.DIGEST.pt, where the digest is the beginning of its bytes' sha256. A
 # state is numbered by the model and the step that come next, as MODEL * STEPS + STEP.
 STEPS = 10**7
 
+# The state of a finished run has a clock and no weights.
+MAX_STATE_BYTES = 2**20
+
+MAX_MEMBERS = 1000
+
 
 def digest(data):
     return hashlib.sha256(data).hexdigest()[:16]
+
+
+def check_numbers(content, *names, kind=int):
+    """TypeError, unless these entries of a dict are numbers of this type, from 0 up to a trillion."""
+    for name in names:
+        value = content[name]
+        if type(value) is not kind or not 0 <= value <= 10**12:
+            raise TypeError(f"{name} is {value!r:.40}")
 
 
 class Chain:
@@ -47,20 +71,25 @@ class Chain:
             require_keys(self.stored, "config", "data", "steps")
             self.config = self.stored["config"]
             require_keys(self.config, "seed", "members", "chains", "student")
+            check_numbers(self.config, "seed", "members")
+            if not 1 <= self.config["members"] <= MAX_MEMBERS:
+                raise ValueError(f"{self.config['members']} members")
             # The log ends where training did. What follows is the score of this chain alone.
             state = read_state(folder)
             self.progress = state["progress"]
-            log = (folder / "log.txt").read_bytes()[: self.progress["log_bytes"]]
+            check_numbers(self.progress, "log_bytes", "ranks", "threads")
+            check_numbers(self.progress, "seconds", "compile_seconds", kind=float)
+            log = read_plain(folder / "log.txt", MAX_LOG_BYTES)[: self.progress["log_bytes"]]
             source, _, lines = split_log(log)
             self.source_part = log[: len(log) - len(lines)]
             self.source_sha256 = hashlib.sha256(source).hexdigest()
             self.lines = lines.decode()
             self.weights = [self.find_weights(k) for k in range(self.config["members"])]
-            require_keys(self.progress, "seconds", "compile_seconds", "ranks", "threads")
         except OSError as e:
             raise Refused(f"{e.filename}: {e.strerror}")
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise Refused(f"{folder}: damaged, or of another kind of script ({type(e).__name__}: {e})")
+        except (ValueError, KeyError, TypeError) as e:
+            what = printable(f"{type(e).__name__}: {e}"[:200])
+            raise Refused(f"{folder}: damaged, or of another kind of script ({what})")
         if state["source"] != self.source_sha256:
             raise Refused(f"{folder}: its log and its checkpoint are of different scripts")
         if self.config["chains"] != 1 or self.config["student"]:
@@ -69,7 +98,7 @@ class Chain:
     def find_weights(self, k):
         """The file of the final weights of a member."""
         for path in self.folder.glob(f"weights-{k:07d}.*.pt"):
-            if digest(path.read_bytes()) == path.name.split(".")[-2]:
+            if file_digest(path, MAX_WEIGHTS_BYTES).hex()[:16] == path.name.split(".")[-2]:
                 return path
         raise Refused(f"{self.folder}: the weights of member {k + 1} are missing or damaged")
 
@@ -88,7 +117,7 @@ class Chain:
         def renumber(found):
             return f"member {first + int(found[1] or 1) - 1} "
 
-        of_member = r"(?m)^(?:member (\d+) )?(?=(?:step|probe|eval) \d|done:)"
+        of_member = r"(?m)^(?:member (\d{1,9}) )?(?=(?:step|probe|eval) \d|done:)"
         return re.sub(of_member, renumber, self.lines).rstrip()
 
 
@@ -96,17 +125,27 @@ def read_state(folder):
     """The newest undamaged checkpoint of a run. KeyError or TypeError where there is none."""
     paths = folder.glob("state-*.*.pt")
     for path in sorted(paths, key=lambda path: (len(path.name), path.name), reverse=True):
-        data = path.read_bytes()
+        data = read_plain(path, MAX_STATE_BYTES)
         if digest(data) != path.name.split(".")[-2]:
             continue
         try:
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, EOFError):
+            state = load_small(data)
+        except Exception:
+            # What somebody made up can raise anything, under the right name as well.
             continue
         require_keys(state, "source", "progress")
-        require_keys(state["progress"], "log_bytes")
+        require_keys(state["progress"], "seconds", "compile_seconds", "ranks", "threads", "log_bytes")
         return state
     raise KeyError("no undamaged checkpoint")
+
+
+def load_small(data):
+    """Tensors and numbers that torch.save() wrote. Raises anything where the bytes are something else."""
+    # It does not compress. What somebody else has compressed could unpack to any size.
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > MAX_STATE_BYTES:
+            raise ValueError("unpacks to more than a state has")
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def check_chains(chains):

@@ -37,19 +37,16 @@ WORDS = {  # of a limit that a run is over
 
 def judge(run, seconds=None, flops=None, root=ROOT):
     """Lines for whoever trains the run in folder `run`. seconds: when its training will end, by its own
-    estimate; then only a clock that will run out is worth a line. flops: of its whole training, by its own
-    count."""
+    estimate; then the answer is about the clock alone. flops: of its whole training, by its own count."""
     try:
         started = read_json(run / "config.json")
         record = read_json(run / "record.json") if (run / "record.json").exists() else None
         tracks = read_tracks(root)
         track = started["config"]["track"]
         rules = tracks["tracks"][track]
-        claims = claims_so_far(run, started, record, seconds, flops)
         if seconds is not None:
-            over = over_the_limits(claims, rules, tracks["datasets"][rules["dataset"]])
-            soon = "at this speed training will take {:,.0f} s, the track allows {:,}; lower --epochs"
-            return [soon.format(value, limit) for what, value, limit in over if what == "train_seconds"]
+            return clock(track, seconds, rules.get("max_seconds"))
+        claims = claims_so_far(run, started, record, flops)
         hashes = expected_hashes(root, tracks, rules["dataset"])
         faults = faults_of(claims, tracks, hashes)
         standing = standing_record(root, track)
@@ -72,6 +69,9 @@ def faults_of(claims, tracks, hashes):
         faults.append("it is a trial (--steps, or an edited script)")
     for what, value, limit in over_the_limits(claims, rules, tracks["datasets"][rules["dataset"]]):
         faults.append(WORDS[what].format(value, limit))
+    wanted = other_hardware(claims, rules)
+    if wanted:
+        faults.append(f"it ran on {claims['hardware']}, the track is for {wanted}")
     for name, digest in claims["data_sha256"].items():
         if hashes.get(name) not in (digest, OPEN):
             faults.append(f"{name} is not the track's")
@@ -91,7 +91,15 @@ def over_the_limits(claims, rules, dataset):
     return [(what, value, limit) for what, (value, limit) in values.items() if limit and value > limit]
 
 
-def claims_so_far(run, started, record, seconds, flops):
+def other_hardware(claims, rules):
+    """What the track is for, in words, if the claimed hardware is something else; else None."""
+    names = rules.get("hardware", [])
+    if not names or any(name in claims["hardware"] for name in names):
+        return None
+    return " or ".join(names)
+
+
+def claims_so_far(run, started, record, flops):
     """What faults_of() asks for, of a run that may have no record.json yet."""
     machines = read_log(run / "log.txt").of(Hardware)
     claims = {
@@ -100,16 +108,25 @@ def claims_so_far(run, started, record, seconds, flops):
         "train_flops": flops or 0.0,
         "ranks": max((machine.ranks for machine in machines), default=1),
         "threads": max((machine.threads for machine in machines), default=1),
+        "hardware": machines[-1].name if machines else "",
     }
     if record is not None:
         claims |= record
-    if seconds is not None:
-        claims["train_seconds"] = seconds
     return claims | {
         "track": started["config"]["track"],
         "trial": started.get("trial", started.get("steps") is not None),
         "data_sha256": started["data"]["sha256"],
     }
+
+
+def clock(track, seconds, cap):
+    """Whether training will end in the track's time, if it has such a limit."""
+    if not cap:
+        return []
+    when = f"training will end after {seconds:,.0f} s, and {track} allows {cap:,}"
+    if seconds <= cap:
+        return [f"at this speed, {when}"]
+    return [f"TOO SLOW: at this speed, {when}; start again with --fit, or with fewer --epochs"]
 
 
 def begun(track, rules, standing):

@@ -17,7 +17,7 @@ rules of tracks.json. records/README.md has the rules and their reasons.
 
 This file is the command line. The subjects have files of their own: reading.py (all files, logs above all),
 verify.py, smoke.py, rerun.py, workshop.py (a stranger's script at work), walls.py, audit.py, compare.py
-(statistics), spread.py, diff.py, judge.py, submit.py, board.py, efficiency.py and pictures.py.
+(statistics), spread.py, diff.py, judge.py, submit.py, board.py, efficiency.py, curves.py and pictures.py.
 """
 
 import argparse

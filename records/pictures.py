@@ -15,6 +15,11 @@ INK = {
     "light": {"text": "#1f2328", "grid": "#d0d7de", "blue": "#0969da", "orange": "#bc4c00"},
     "dark": {"text": "#e6edf3", "grid": "#30363d", "blue": "#4493f8", "orange": "#f0883e"},
 }
+# Of curves that share a picture; then the same again, dashed.
+COLORS = {
+    "light": ["#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#59636e"],
+    "dark": ["#4493f8", "#f0883e", "#3fb950", "#ab7df8", "#f778ba", "#9198a1"],
+}
 
 
 def figure(theme, columns, height):
@@ -117,6 +122,52 @@ def draw_curve(data, theme):
 def is_drawn(path):
     """Whether a file is a picture that save_picture wrote: all others are somebody's own."""
     return b"drawn from" in path.read_bytes()[:2000]
+
+
+def draw_losses(data, theme):
+    """Training loss on the left, validation loss on the right, over the epochs of each model.
+
+    data: {"curves": of curves.curves_of(), "range": of curves.loss_range()}. A run's models share a color. A
+    diamond is the score on the whole validation stream; dotted are evaluations on its first tokens alone.
+    """
+    fig, [[left, right]] = figure(theme, 2, 4.4)
+    colors = COLORS[theme]
+    for i, curve in enumerate(data["curves"]):
+        color = colors[i % len(colors)]
+        style = "-" if i < len(colors) else "--"
+        label = curve["name"].replace("$", r"\$")
+        last = 0.0
+        for model in curve["models"]:
+            if model["train"]:
+                left.plot(*np.transpose(model["train"]), style, color=color, linewidth=1)
+                last = max(last, model["train"][-1][0])
+            if model["evals"]:
+                of_evals = ":" if model["word"] == "probe" else style
+                right.plot(*np.transpose(model["evals"]), of_evals, color=color, marker=".")
+        if curve["score"] is not None:
+            right.plot(last, curve["score"], "D", color=color, markersize=5)
+            label += f": {curve['score']:.4f}"
+        left.plot([], [], style, color=color, label=label)
+    low, high = data["range"]
+    room = 0.04 * (high - low) or 0.1
+    left.set(xlabel="epochs", ylabel="training loss (nats per token)", ylim=(low - room, high + room))
+    right.set(xlabel="epochs", ylabel="validation loss", xlim=left.get_xlim())
+    fig.legend(loc="outside lower center", ncols=2, fontsize=9)
+    return fig
+
+
+def save_pictures(name, draw):
+    """Draw NAME_light.svg and NAME_dark.svg with draw(theme), and say so. Refused where a file that nothing
+    here has drawn has such a name."""
+    paths = {theme: Path(f"{name}_{theme}.svg") for theme in INK}
+    for path in paths.values():
+        if path.exists() and not is_drawn(path):
+            raise Refused(f"--picture {name}: {path} exists, and is no picture of this kind")
+        if not path.parent.is_dir():
+            raise Refused(f"--picture {name}: {path.parent} is not a folder")
+    for theme, path in paths.items():
+        save_picture(path, draw(theme), "the logs")
+        print(path)
 
 
 def save_picture(path, fig, digest):

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,44 @@ def printable(text):
     return "".join(c if c.isprintable() or c == "\t" else "?" for c in text)
 
 
+# ---- files -------------------------------------------------------------------------------------------------
+
+# The most bytes that a file may have, by what it is. A token file is at most five times as large as the
+# largest of a track.
+MAX_JSON_BYTES = 2**22
+MAX_LOG_BYTES = 2**28
+MAX_TOKEN_BYTES = 2**30
+MAX_WEIGHTS_BYTES = 2**36
+
+
+def open_plain(path, max_bytes):
+    """Open a file that somebody else may have made, to read its bytes. ValueError where it is a pipe or a
+    device, which might never end, or has more than max_bytes; OSError where it cannot be opened."""
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("not a plain file")
+    if found.st_size > max_bytes:
+        raise ValueError(f"{found.st_size:,} bytes, but it cannot need more than {max_bytes:,}")
+    return open(path, "rb")
+
+
+def reason(error):
+    """What an OSError or a ValueError of the functions here says, without the name of the file."""
+    return error.strerror if isinstance(error, OSError) else str(error)
+
+
+def read_plain(path, max_bytes):
+    """The bytes of such a file."""
+    with open_plain(path, max_bytes) as f:
+        return f.read(max_bytes)
+
+
+def file_digest(path, max_bytes):
+    """sha256 of such a file, as bytes, without holding the file in memory."""
+    with open_plain(path, max_bytes) as f:
+        return hashlib.file_digest(f, "sha256").digest()
+
+
 # ---- JSON --------------------------------------------------------------------------------------------------
 
 
@@ -50,12 +89,15 @@ def parse_json(text):
     def refuse(word):
         raise ValueError(f"holds {word}")
 
-    return json.loads(text, parse_constant=refuse)
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError("nested too deeply")
 
 
 def read_json(path):
     """What a JSON file holds. OSError or ValueError where there is none."""
-    return parse_json(path.read_text())
+    return parse_json(read_plain(path, MAX_JSON_BYTES))
 
 
 def write_json(path, content):
@@ -80,17 +122,24 @@ def known_hash(dataset, shard):
     return None if digest == OPEN else digest
 
 
+def prepare_again(path):
+    """The command that makes a shard, by the folder that it lies in."""
+    name = Path(path).resolve().parent.name
+    known = name in read_tracks()["datasets"]
+    return f"prepare the data with python data/prepare.py {name if known else '--help'}"
+
+
 def read_shard(path, sha256=None):
     """Token ids of a shard, uint16 [n]. Refused where its bytes do not have the given sha256."""
     try:
-        data = Path(path).read_bytes()
-    except OSError as e:
-        raise Refused(f"{path}: {e.strerror}; prepare the data: python data/prepare.py --help")
+        data = read_plain(path, MAX_TOKEN_BYTES)
+    except (OSError, ValueError) as e:
+        raise Refused(f"{path}: {reason(e)}; {prepare_again(path)}")
     if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-        raise Refused(f"{path}: its sha256 is not the one in records/tracks.json; prepare the data again")
+        raise Refused(f"{path}: its sha256 is not the one in records/tracks.json; {prepare_again(path)}")
     header_bytes = 4 * HEADER_INTS
-    header = np.frombuffer(data[:header_bytes], dtype="<i4")
-    is_shard = len(header) == HEADER_INTS and header[0] == MAGIC and header[1] == 1
+    header = np.frombuffer(data[:header_bytes].ljust(header_bytes), dtype="<i4")
+    is_shard = header[0] == MAGIC and header[1] == 1
     if not is_shard or len(data) != header_bytes + 2 * int(header[2]):
         raise Refused(f"{path}: not a token shard; data/README.md has the format")
     return np.frombuffer(data, dtype="<u2", offset=header_bytes)
@@ -104,13 +153,12 @@ def write_shard(path, tokens):
 
 def read_npy(path, max_bytes):
     """The array in a .npy file. ValueError where it is none, holds objects, or is larger than max_bytes."""
-    if not os.path.isfile(path):
-        raise ValueError("no such file, or not a plain one")
-    size = os.path.getsize(path)
-    if size > max_bytes:
-        raise ValueError(f"{size:,} bytes, but it cannot need more than {max_bytes:,}")
     try:
-        with open(path, "rb") as f:
+        f = open_plain(path, max_bytes)
+    except OSError as e:
+        raise ValueError(reason(e))
+    try:
+        with f:
             return np.lib.format.read_array(f, allow_pickle=False)
     except Exception as e:
         # A header that somebody made up can raise anything.
@@ -167,7 +215,7 @@ def all_records(root, track):
             require_keys(record["runs"][0]["data_sha256"])
             mean_loss(record)
             when = str(record["submitted"])
-        except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
             # It has a fault of its own, which verify names when it comes to it.
             continue
         found.append((place.get(folder.name, len(merged)), when, folder, record))
@@ -462,7 +510,7 @@ def json_line(lines, word):
     try:
         content = parse_json(line[len(word) :])
         require_keys(content)
-    except (ValueError, TypeError, RecursionError) as e:
+    except (ValueError, TypeError) as e:
         raise ValueError(f"its {word.strip()} line is damaged ({type(e).__name__}: {e})")
     return content
 
@@ -472,7 +520,7 @@ def read_log(path):
 
     OSError where it cannot be read, ValueError where it is no log or lacks its config line.
     """
-    content = path.read_bytes()
+    content = read_plain(path, MAX_LOG_BYTES)
     header, _, rest = content.partition(b"\n")
     kept = SOURCE_HEADER.fullmatch(header.decode("utf-8", "replace"))
     if kept and rest.startswith(SOURCE_END[1:]):

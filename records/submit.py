@@ -18,18 +18,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from audit import Broken, Scorer, run_command
 from reading import (
     BLOCK,
+    MAX_WEIGHTS_BYTES,
     NAME,
     OPEN,
     ROOT,
     Refused,
     expected_hashes,
+    file_digest,
     read_json,
+    read_plain,
     read_shard,
     read_tracks,
+    reason,
     require_keys,
     write_json,
 )
-from verify import verify_record
+from verify import MAX_BYTES, verify_record
+
+MAX_NOTE_BYTES = 10**6
 
 
 def submit(runs, slug, note, by, root=ROOT, now=None):
@@ -37,7 +43,10 @@ def submit(runs, slug, note, by, root=ROOT, now=None):
     now = now or datetime.datetime.now(datetime.UTC)
     date = f"{now:%Y-%m-%d}"
     if not re.fullmatch(NAME, f"{date}_{slug}"):
-        raise Refused(f"--slug {slug}: small letters, digits and -, at most 40")
+        words = re.sub("[^a-z0-9]+", "-", slug.lower()).strip("-")[:40].strip("-")
+        raise Refused(
+            f"--slug {slug}: small letters, digits and -, at most 40; try --slug {words or 'my-idea'}"
+        )
     text = read_note(note)
     if not by:
         raise Refused("--by: name the contributors, with commas between; git config user.name gives none")
@@ -60,7 +69,7 @@ def submit(runs, slug, note, by, root=ROOT, now=None):
     folder.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=".submit-", dir=folder.parent))
     try:
-        (staged / "README.md").write_text(text)
+        (staged / "README.md").write_text(text, encoding="utf-8")
         copy_runs(runs, claims, staged)
         write_json(staged / "record.json", record)
         refuse_faults(verify_record(staged, root, tested=False), staged, folder)
@@ -75,6 +84,8 @@ def submit(runs, slug, note, by, root=ROOT, now=None):
         staged = None
     except OSError as e:
         raise Refused(f"{e.filename}: {e.strerror}")
+    except ValueError as e:
+        raise Refused(f"no record was made: {e}")
     finally:
         if staged:
             shutil.rmtree(staged)
@@ -82,14 +93,18 @@ def submit(runs, slug, note, by, root=ROOT, now=None):
 
 
 def read_note(note):
+    """The text of a note, with plain line ends and without the byte order mark that some editors write."""
+    heading = "# What this record is"
     try:
-        text = note.read_text()
-    except (OSError, UnicodeDecodeError) as e:
-        raise Refused(f"--note {note}: cannot be read ({e})")
-    if not re.match(r"# \S.*\n", text):
-        heading = "# What this record is"
+        text = read_plain(note, MAX_NOTE_BYTES).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise Refused(f"--note {note}: is not UTF-8; save it as UTF-8")
+    except (OSError, ValueError) as e:
+        raise Refused(f"--note {note}: {reason(e)}; begin one with: echo '{heading}' > note.md")
+    lines = text.splitlines()
+    if not lines or not re.match(r"# \S", lines[0]):
         raise Refused(f"--note {note}: begin it with a line '{heading}', its description on the board")
-    return text
+    return "\n".join(lines) + "\n"
 
 
 def read_claims(run):
@@ -98,7 +113,7 @@ def read_claims(run):
     try:
         claims = read_json(run / "record.json")
         require_keys(claims, "track")
-        digests = [hashlib.sha256(path.read_bytes()).digest() for path in weights]
+        digests = [file_digest(path, MAX_WEIGHTS_BYTES) for path in weights]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise Refused(f"{run}: not the folder of a finished run ({type(e).__name__}: {e})")
     if not weights:
@@ -112,8 +127,8 @@ def copy_runs(runs, claims, staged):
         number = "" if i == 1 else f"_{i}"
         claim["log"] = f"log{number}.txt"
         claim["val_nll"] = f"val_nll{number}.npy"
-        shutil.copyfile(run / "log.txt", staged / claim["log"])
-        shutil.copyfile(run / "val_nll.npy", staged / claim["val_nll"])
+        for name, copy in (("log.txt", claim["log"]), ("val_nll.npy", claim["val_nll"])):
+            (staged / copy).write_bytes(read_plain(run / name, MAX_BYTES))
 
 
 def score_test(runs, claims, staged, root):

@@ -2,7 +2,7 @@
 What memory a training step takes: the step itself, run on tensors without content while their bytes are
 counted. It needs no memory and no GPU, and seconds for the largest preset.
 
-    python tests/memory.py tiny limited two_hour unlimited mini     # beside the formula that --dry_run prints
+    python tests/memory.py solo tiny limited two_hour unlimited mini    # beside the formula of --dry_run
 """
 
 import dataclasses

@@ -11,6 +11,7 @@ and files that are being written *.tmp.
 import contextlib
 import datetime
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -730,31 +731,142 @@ def test_broken_data(tiny_data, cli, tmp_path, what, named):
     assert_refused(cli(*options(**TINY, data=data), "--run_dir", run, *PLAIN), named, run)
 
 
-def test_tokens_that_cannot_be_scored(finished_run, cli, tmp_path):
-    np.save(tmp_path / "floats.npy", np.zeros((2, 5)))
-    np.save(tmp_path / "flat.npy", np.zeros(5, np.uint16))
-    np.save(tmp_path / "ids.npy", np.full((2, 5), 999, np.uint16))
-    np.save(tmp_path / "nothing.npy", np.zeros((0, 5), np.uint16))
-    np.save(tmp_path / "objects.npy", np.array([["a", {}]], dtype=object), allow_pickle=True)
-    (tmp_path / "noise.npy").write_bytes(b"not an array")
-    (tmp_path / "empty.npy").write_bytes(b"")
-    (tmp_path / "short.bin").write_bytes(b"\0" * HEADER_BYTES)
-    np.savez(tmp_path / "archive.npz", a=np.zeros((2, 5), np.uint16))
-    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
-    for tokens, out, named in (
-        ("floats.npy", "o.npy", "floats.npy"),
-        ("flat.npy", "o.npy", "flat.npy"),
-        ("ids.npy", "o.npy", "ids.npy"),
-        ("nothing.npy", "o.npy", "nothing.npy"),
-        ("objects.npy", "o.npy", "objects.npy"),
-        ("noise.npy", "o.npy", "noise.npy"),
-        ("empty.npy", "o.npy", "empty.npy"),
-        ("archive.npy", "o.npy", "archive.npy"),
-        ("missing.npy", "o.npy", "missing.npy"),
-        ("missing.bin", "o.npy", "missing.bin"),
-        ("short.bin", "o.npy", "short.bin"),
-        ("ids.npy", "o.txt", "--nll"),
-        ("ids.npy", "no/where/o.npy", "--nll"),
-    ):
-        result = cli("--score", finished_run, "--tokens", tmp_path / tokens, "--nll", tmp_path / out, *PLAIN)
-        assert_refused(result, named, tmp_path / out)
+def npy(header, data=bytes(20)):
+    """A .npy file with a header of one's own making."""
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
+
+
+def npy_of(descr="'<u2'", order="False", shape="(2, 5)", rest=""):
+    return npy(f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}, {rest}}}")
+
+
+def saved(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=True)
+    return buffer.getvalue()
+
+
+def zipped():
+    buffer = io.BytesIO()
+    np.savez(buffer, a=np.zeros((2, 5), np.uint16))
+    return buffer.getvalue()
+
+
+def shard_header(*values):
+    return np.array([*values, *[0] * (256 - len(values))], "<i4").tobytes()
+
+
+GOOD_SHARD = shard_header(20240520, 1, 10) + bytes(20)
+
+# What is no file of tokens, by the name that it is given.
+TOKEN_FILES = {
+    "floats.npy": saved(np.zeros((2, 5))),
+    "flat.npy": saved(np.zeros(5, np.uint16)),
+    "ids.npy": saved(np.full((2, 5), 999, np.uint16)),
+    "nothing.npy": saved(np.zeros((0, 5), np.uint16)),
+    "objects.npy": saved(np.array([["a", {}]], dtype=object)),
+    "noise.npy": b"not an array",
+    "empty.npy": b"",
+    "zip.npy": zipped(),
+    "half_a_zip.npy": zipped()[:60],
+    "half.npy": saved(np.zeros((2, 5), np.uint16))[:-3],
+    "more_than_it_has.npy": npy_of(shape="(99999999999, 5)"),
+    "more_than_there_is.npy": npy_of(shape="(4611686018427387904, 4)"),
+    "negative.npy": npy_of(shape="(-2, -5)"),
+    "unclosed.npy": npy_of(shape="(2, 5"),
+    "deep.npy": npy_of(shape="(" * 300),
+    "no_type.npy": npy_of(descr="None"),
+    "large_type.npy": npy_of(descr="'2147483647u2'"),
+    "odd_key.npy": npy_of(rest="1: 2"),
+    "noise_in_the_header.npy": npy("\\ \x00 0x '' {"),
+    "later_version.npy": npy_of().replace(b"NUMPY\x01", b"NUMPY\x09"),
+    "short.bin": bytes(HEADER_BYTES),
+    "empty.bin": b"",
+    "half_a_header.bin": GOOD_SHARD[:101],
+    "half.bin": GOOD_SHARD[:-3],
+    "negative.bin": shard_header(20240520, 1, -1) + bytes(20),
+    "none.bin": shard_header(20240520, 1, 0),
+    "more_than_it_has.bin": shard_header(20240520, 1, 2**31 - 1) + bytes(20),
+    "other_version.bin": shard_header(20240520, 2, 10) + bytes(20),
+    "missing.npy": None,
+    "missing.bin": None,
+}
+
+
+@pytest.mark.parametrize("name", TOKEN_FILES)
+def test_tokens_that_cannot_be_scored(finished_run, cli, tmp_path, name):
+    if TOKEN_FILES[name] is not None:
+        (tmp_path / name).write_bytes(TOKEN_FILES[name])
+    out = tmp_path / "o.npy"
+    result = cli("--score", finished_run, "--tokens", tmp_path / name, "--nll", out, *PLAIN)
+    assert_refused(result, name, out)
+
+
+@pytest.mark.parametrize("out", ["o.txt", "no/where/o.npy"])
+def test_scores_that_cannot_be_written(finished_run, tiny_data, cli, tmp_path, out):
+    tokens = tiny_data / "val.bin"
+    result = cli("--score", finished_run, "--tokens", tokens, "--nll", tmp_path / out, *PLAIN)
+    assert_refused(result, "--nll", tmp_path / out)
+
+
+def a_pipe(path):
+    os.mkfifo(path)
+
+
+def a_device(path):
+    path.symlink_to("/dev/zero")
+
+
+def a_folder(path):
+    path.mkdir()
+
+
+def a_large_file(path):
+    """Of a terabyte, nearly all of it a hole."""
+    with open(path, "wb") as f:
+        f.write(GOOD_SHARD)
+        f.truncate(2**40)
+
+
+@pytest.mark.parametrize("make", [a_pipe, a_device, a_folder, a_large_file])
+@pytest.mark.parametrize("name", ["tokens.npy", "tokens.bin", "config.json", "train.bin", "meta.json"])
+def test_what_is_no_plain_file_is_not_read(finished_run, tiny_data, cli, tmp_path, name, make):
+    """To read one might never end, or take all memory there is."""
+    out = tmp_path / "o.npy"
+    if name.startswith("tokens"):
+        make(tmp_path / name)
+        argv = ["--score", finished_run, "--tokens", tmp_path / name, "--nll", out]
+    elif name == "config.json":
+        (tmp_path / "run").mkdir()
+        make(tmp_path / "run" / name)
+        argv = ["--score", tmp_path / "run", "--tokens", tiny_data / "val.bin", "--nll", out]
+    else:
+        data = shutil.copytree(tiny_data, tmp_path / "data")
+        (data / name).unlink()
+        make(data / name)
+        out = tmp_path / "run"
+        argv = [*options(**TINY, data=data), "--run_dir", out]
+    assert_refused(cli(*argv, *PLAIN), name, out)
+
+
+def test_a_shard_that_changes_during_a_run(finished_run, tiny_data, cli, tmp_path, monkeypatch):
+    """What was checked is what is trained on and scored: the files may change, and even get shorter."""
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    run = tmp_path / "run"
+    backward = torch.autograd.backward
+
+    def change_the_shards(*args, **kwargs):
+        if has_logged(run, "step 2/"):
+            monkeypatch.undo()
+            for name in ("train.bin", "val.bin"):
+                with open(data / name, "r+b") as f:
+                    f.seek(HEADER_BYTES)
+                    f.write(b"\xff" * 2000)
+                    f.truncate(HEADER_BYTES + 2000)
+        return backward(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "backward", change_the_shards)
+    assert cli(*options(**TINY, data=data), "--run_dir", run, *PLAIN)[0] == 0
+    assert (data / "train.bin").stat().st_size == HEADER_BYTES + 2000
+    assert_same_end(run, finished_run)

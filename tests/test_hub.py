@@ -31,7 +31,8 @@ class Hub(http.server.ThreadingHTTPServer):
     """Serves `files` {name: bytes} of one dataset, and notes the ranges that were asked for.
 
     stated: {name: bytes whose size and sha256 are stated instead}. broken_after: a number of bytes after
-    which every answer breaks off.
+    which every answer breaks off. unstated: names of headers that it leaves out, as mirrors do. status: of
+    every answer, in place of the file.
     """
 
     def __init__(self, files):
@@ -39,6 +40,8 @@ class Hub(http.server.ThreadingHTTPServer):
         self.files = files
         self.stated = {}
         self.broken_after = None
+        self.unstated = ()
+        self.status = None
         self.ranges = []
 
 
@@ -52,6 +55,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def answer(self, body):
         match = re.fullmatch(rf"/datasets/{prepare.FINEWEB['repo']}/resolve/\w+/(.*)", self.path)
         data = self.server.files.get(match[1]) if match else None
+        # A token that nobody knows is refused, also where none is needed.
+        status = 401 if self.headers.get("Authorization") else self.server.status
+        if status:
+            self.send_response(status)
+            self.end_headers()
+            return
         if data is None:
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
@@ -64,13 +73,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
             first = int(asked[1])
             self.server.ranges.append(first)
         self.send_response(206 if first else 200)
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("X-Linked-Etag", f'"{hashlib.sha256(stated).hexdigest()}"')
-        self.send_header("X-Linked-Size", str(len(stated)))
-        self.send_header("ETag", '"of the pointer"')
-        self.send_header("Content-Length", str(len(data) - first))
+        headers = {
+            "X-Repo-Commit": COMMIT,
+            "X-Linked-Etag": f'"{hashlib.sha256(stated).hexdigest()}"',
+            "X-Linked-Size": str(len(stated)),
+            "ETag": '"of the pointer"',
+            "Content-Length": str(len(data) - first),
+        }
         if first:
-            self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+            headers["Content-Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
+        for name, value in headers.items():
+            if name not in self.server.unstated:
+                self.send_header(name, value)
         self.end_headers()
         if body:
             stop = len(data)
@@ -232,6 +246,52 @@ def test_too_short_a_stream(hub, tmp_path):
     hub.files[name] = b"".join(prepare.shard_bytes(np.full(1000, BOS)))
     status, line = fetch(hub, tmp_path)
     assert status == 2 and "before train is full" in line
+
+
+def test_a_token_that_has_expired(hub, tmp_path):
+    """The dataset is public: no token is sent."""
+    assert fetch(hub, tmp_path, HF_TOKEN="hf_0123456789") == (0, "")
+
+
+@pytest.mark.parametrize(
+    "unstated",
+    [
+        ("X-Linked-Etag",),
+        ("X-Linked-Etag", "ETag"),
+        ("X-Linked-Size", "Content-Length"),
+        ("X-Linked-Etag", "ETag", "X-Linked-Size", "Content-Length", "X-Repo-Commit"),
+    ],
+)
+def test_a_mirror_that_states_less(hub, tmp_path, unstated):
+    """What it does not state cannot be checked, and is not called damaged. A part of unknown size is no part:
+    here one of other bytes."""
+    hub.unstated = unstated
+    name = prepare.FINEWEB["files"][0]
+    if "X-Linked-Size" in unstated:
+        (tmp_path / "fineweb").mkdir()
+        (tmp_path / "fineweb" / name).write_bytes(b"x" * 5000)
+    assert fetch(hub, tmp_path) == (0, "")
+    meta = json.loads((tmp_path / "fineweb" / "meta.json").read_text())
+    assert meta["tokens"] == COUNTS
+    assert ("commit" in meta["source"]) == ("X-Repo-Commit" not in unstated)
+
+
+@pytest.mark.parametrize(
+    "status, words", [(403, "HF_ENDPOINT"), (429, "slow down"), (503, "run this again later")]
+)
+def test_a_server_that_refuses(hub, tmp_path, status, words):
+    """Each needs another remedy, and none is that of a machine without a network."""
+    hub.status = status
+    code, line = fetch(hub, tmp_path)
+    assert code == 2 and words in line and str(status) in line and "connect to" not in line, line
+
+
+def test_a_full_disk(hub, tmp_path):
+    """The remedy is not the internet."""
+    (tmp_path / "fineweb").mkdir()
+    (tmp_path / "fineweb" / prepare.FINEWEB["files"][0]).symlink_to("/dev/full")
+    code, line = fetch(hub, tmp_path)
+    assert code == 2 and "No space left" in line and "connect to" not in line, line
 
 
 def test_offline(hub, tmp_path):

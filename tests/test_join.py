@@ -3,8 +3,11 @@
 import hashlib
 import io
 import json
+import math
+import os
 import shutil
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -189,9 +192,71 @@ def pickled_state(run):
     save(run, "state", 2 * 10**7, Code())
 
 
+def compressed_state(run):
+    """A kilobyte that unpacks to megabytes."""
+    without_state(run)
+    bomb = io.BytesIO()
+    state = {"progress": {"log_bytes": 1}, "source": "", "x": torch.zeros(2**20)}
+    torch.save(state, bomb)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(bomb) as stored, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in stored.namelist():
+            archive.writestr(name, stored.read(name))
+    assert len(packed.getvalue()) < 10_000
+    digest = hashlib.sha256(packed.getvalue()).hexdigest()[:16]
+    (run / f"state-20000000.{digest}.pt").write_bytes(packed.getvalue())
+
+
+def piped_log(run):
+    (run / "log.txt").unlink()
+    os.mkfifo(run / "log.txt")
+
+
+def endless_weights(run):
+    path = next(iter(run.glob("weights-0000001.*")))
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def change_state(run, **changes):
+    """Put other content into the last state, under the digest that belongs to it."""
+    (path,) = run.glob("state-*")
+    state = torch.load(path, weights_only=True)
+    path.unlink()
+    progress = state["progress"] | changes
+    save(run, "state", 2 * 10**7, state | {"progress": progress})
+
+
+def many_members(run):
+    path = run / "config.json"
+    path.write_text(path.read_text().replace('"members": 2', '"members": 100000000'))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(seconds="ten"),
+        dict(seconds=math.nan),
+        dict(compile_seconds=None),
+        dict(ranks=torch.ones(3)),
+        dict(ranks=-1),
+        dict(threads=1.5),
+        dict(log_bytes=[]),
+    ],
+)
+def test_a_state_with_the_right_digest_and_odd_content(chains, tmp_path, call, changes):
+    change_state(chains[1], **changes)
+    argv = [*chains, "--run_dir", tmp_path / "joined"]
+    assert_refused(call, tmp_path, argv, [str(chains[1]), "damaged", *changes])
+
+
 @pytest.mark.parametrize(
     "spoil, words",
     [
+        (compressed_state, "no undamaged checkpoint"),
+        (piped_log, "not a plain file"),
+        (endless_weights, "not a plain file"),
+        (many_members, "100000000 members"),
         (unfinished, "not the folder of a finished run"),
         (without_config, "config.json: No such file"),
         (damaged_config, "damaged"),

@@ -412,6 +412,15 @@ def test_tampered_records_are_named(copy, tamper, words):
     assert all(fault.startswith(name) and "\n" not in fault for fault in faults)
 
 
+@pytest.mark.parametrize("names, n_faults", [(["H100", "H200"], 2), (["H100", "cores"], 0), ([], 0)], ids=str)
+def test_hardware_of_the_track(copy, names, n_faults):
+    """Of each of the two seeds, which have trained on a CPU's cores."""
+    root, folder = copy
+    change_rules(root, hardware=names)
+    faults = verify.verify_record(folder, root)
+    assert len(faults) == n_faults and all("a track for H100 or H200" in fault for fault in faults), faults
+
+
 # ---- rerun.json
 
 
@@ -745,19 +754,33 @@ def test_submit_refuses_what_would_not_verify(tiny_data, finished_run, second_se
     shutil.copytree(finished_run, bare, ignore=shutil.ignore_patterns("weights*"))
     plain = root / "plain.md"
     plain.write_text("no heading\n")
+    utf16 = root / "utf16.md"
+    utf16.write_text(NOTE, encoding="utf-16")
     for runs, slug, text, by, words in (
         ([trial], "a", note, ["A"], "a trial"),
         ([finished_run, finished_run], "a", note, ["A"], "seed must differ"),
         ([bare], "a", note, ["A"], "no weights"),
         ([tmp_path], "a", note, ["A"], "not the folder of a finished run"),
-        ([finished_run], "A/b", note, ["A"], "--slug"),
+        ([finished_run], "A/b", note, ["A"], "try --slug a-b"),
         ([finished_run], "a", plain, ["A"], "begin it with"),
-        ([finished_run], "a", root / "none.md", ["A"], "cannot be read"),
+        ([finished_run], "a", root / "none.md", ["A"], "No such file .*; begin one with: echo"),
+        ([finished_run], "a", root, ["A"], "not a plain file"),
+        ([finished_run], "a", utf16, ["A"], "save it as UTF-8"),
         ([finished_run], "a", note, [], "--by"),
     ):
         with pytest.raises(reading.Refused, match=words):
             submit.submit(runs, slug, text, by, root, NOON)
     assert not list((root / "records").glob("*/*"))
+
+
+@pytest.mark.parametrize(
+    "content", [NOTE.encode("utf-8-sig"), NOTE.replace("\n", "\r\n").encode(), NOTE.strip().encode()]
+)
+def test_a_note_as_editors_write_it(tmp_path, content):
+    """With a byte order mark, with the line ends of Windows, without a last one: it is the same note."""
+    note = tmp_path / "note.md"
+    note.write_bytes(content)
+    assert submit.read_note(note) == NOTE
 
 
 def test_submit_wants_a_better_record(tiny_data, finished_run, second_seed, tmp_path, monkeypatch):
@@ -801,6 +824,10 @@ def test_a_time_that_has_not_come(copy, minutes, holds):
         "Анна Ли",
         "李雷",
         "José",
+        "नरेन्द्र मोदी",
+        "Sinéad O‘Connor",
+        "Müller & Söhne",
+        "María del Carmen Fernández de la Vega Sanz",
     ],
 )
 def test_names_that_are_fine(name):
@@ -811,7 +838,8 @@ def test_names_that_are_fine(name):
     "name",
     [
         "",
-        "x" * 41,
+        "x" * 61,
+        "A" + 5 * "\u0489",  # a letter under a heap of marks
         "@somebody",
         "see @somebody",
         "www.example.org",
@@ -1036,7 +1064,6 @@ def test_a_run_that_may_become_a_record(copy, finished_run):
     assert " s of the 1,000,000,000 s that pocket allows" in seconds
     assert " FLOPs of the 1e+14 that pocket allows" in flops and "the standing record" in standing
     assert " compare " in compared and "audit.py " in audited and " submit " in submitted
-    assert judge.judge(finished_run, seconds=10**9, root=root) == []
 
 
 def test_a_run_that_will_be_over_the_budget(copy, finished_run, tmp_path):
@@ -1056,6 +1083,7 @@ def test_a_run_that_will_be_over_the_budget(copy, finished_run, tmp_path):
         ({"max_seconds": 0.01}, {}, "s, the track allows 0.01"),
         ({"max_cores": 0.5}, {}, "1 cores, 0.5 are allowed"),
         ({"max_flops": 1e9}, {}, "FLOPs, the track allows 1e+09"),
+        ({"hardware": ["H100", "H200"]}, {}, " cores, the track is for H100 or H200"),
         ({}, {"trial": True}, "it is a trial"),
         ({}, {"config": {"track": "pocket", "train_tokens": 20_001}}, "--train_tokens 20,001 of 20,000"),
         ({}, {"data": {"sha256": {"val.bin": "0" * 64}}}, "val.bin is not the track's"),
@@ -1077,8 +1105,12 @@ def test_a_run_that_cannot_become_a_record(copy, finished_run, tmp_path, rules, 
 def test_a_clock_that_will_run_out(copy, finished_run):
     root, _ = copy
     change_rules(root, max_seconds=300)
+    when = "at this speed, training will end after"
+    assert judge.judge(finished_run, seconds=300.0, root=root) == [f"{when} 300 s, and pocket allows 300"]
     [line] = judge.judge(finished_run, seconds=301.0, root=root)
-    assert line == "at this speed training will take 301 s, the track allows 300; lower --epochs"
+    assert line.startswith(f"TOO SLOW: {when} 301 s, and pocket allows 300; ") and "--fit" in line
+    change_rules(root, max_seconds=None)
+    assert judge.judge(finished_run, seconds=301.0, root=root) == []
 
 
 # ---- render
@@ -1097,7 +1129,7 @@ def test_render_is_stable_and_notices_what_is_stale(copy):
     root, folder = copy
     pictures = [
         f"records/pictures/pocket_{kind}_{theme}.svg"
-        for kind in ("curve", "progress")
+        for kind in ("curve", "losses", "progress")
         for theme in ("dark", "light")
     ]
     assert render(root) == ["README.md", "records/order.json", *pictures]
@@ -1177,6 +1209,23 @@ def test_the_second_baseline_on_the_board(copy):
     [axes] = draw(data, theme).axes
     [line] = [line for line in axes.lines if "look-up" in line.get_label()]
     assert list(line.get_ydata()) == [loss + 1, loss - 1]
+
+
+def test_training_curves_on_the_board(copy):
+    """Of both seeds, from their logs, with the record's score."""
+    root, folder = copy
+    text, pictures = board.board_and_pictures(root)
+    assert 'src="records/pictures/pocket_losses_light.svg"' in text
+    draw, data, theme = pictures["records/pictures/pocket_losses_dark.svg"]
+    [curve] = data["curves"]
+    loss = reading.mean_loss(read_record(folder))
+    assert (curve["name"], curve["score"], len(curve["models"])) == (folder.name, loss, 2)
+    left, right = draw(data, theme).axes
+    for i, name in enumerate(("log.txt", "log_2.txt")):
+        steps = reading.read_log(folder / name).of(reading.Step)
+        # So few steps are not averaged.
+        assert list(left.lines[i].get_ydata()) == [step.loss for step in steps]
+    assert [list(line.get_ydata()) for line in right.lines if line.get_marker() == "D"] == [[loss]]
 
 
 def test_tracks_without_a_record_on_the_board(copy):

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+import reading
 import train_gpt as t
 from reference import EXACT, QUICK_END, config, environment, float64, run_main, weights_of
 from runs import (
@@ -47,13 +48,21 @@ def told(run):
     return [line.split(" tok/s")[0] for line in text.splitlines() if line.startswith(wanted)]
 
 
+def metrics_of(run):
+    """The lines of metrics.jsonl, without the clock's."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    clock = dict.fromkeys(("tokens_per_second", "seconds"))
+    return [json.loads(line) | clock for line in lines]
+
+
 def assert_same_end(run, undisturbed):
-    """Bit for bit: weights, NLL of every block, every step's line."""
+    """Bit for bit: weights, NLL of every block, every step's line, also in metrics.jsonl."""
     weights = weights_of(run)
     for name, w in weights_of(undisturbed).items():
         assert torch.equal(weights[name], w), name
     assert (run / "val_nll.npy").read_bytes() == (undisturbed / "val_nll.npy").read_bytes()
     assert told(run) == told(undisturbed)
+    assert metrics_of(run) == metrics_of(undisturbed)
     (state,) = t.saved(run, "state")
     assert state.stat().st_size < 5000  # what is left holds the clock and no weights
     assert not list(run.glob("*.tmp"))
@@ -109,7 +118,14 @@ def test_two_runs_that_took_one_name(tiny_data, finished_run, tmp_path):
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
-FOREIGN = ["log.txt", "draft.tmp", "state-0000005.0123456789abcdef.pt", "config.json", "a/b.txt"]
+FOREIGN = [
+    "log.txt",
+    "metrics.jsonl",
+    "draft.tmp",
+    "state-0000005.0123456789abcdef.pt",
+    "config.json",
+    "a/b.txt",
+]
 
 
 def contents(folder):
@@ -142,7 +158,9 @@ def test_a_new_run_takes_no_record_and_no_file(tiny_data, finished_run, tmp_path
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("left", [(), ("log.txt",), ("config.json", "log.txt", "record.json.tmp")])
+@pytest.mark.parametrize(
+    "left", [(), ("log.txt",), ("config.json", "log.txt", "metrics.jsonl", "record.json.tmp")]
+)
 def test_a_folder_without_a_checkpoint_is_free(tiny_data, finished_run, tmp_path, left):
     """It is empty, or a run ended in it before there was anything to resume. Its log starts afresh."""
     run = tmp_path / "run"
@@ -461,6 +479,82 @@ def test_config_that_lacks_an_entry(finished_run, tmp_path):
         assert status == 2 and err.count("\n") == 1 and "config.json" in err, name
 
 
+def with_entry(stored, path, value):
+    """A copy with another value under names with dots between: config.n_layer."""
+    name, _, rest = path.partition(".")
+    return stored | {name: with_entry(stored[name], rest, value) if rest else value}
+
+
+# An entry of config.json, what somebody has made of it, and what the refusal names beside the file.
+BAD_ENTRIES = [
+    ("config", [1], "damaged"),
+    ("config.n_layer", 10**400, "--n_layer"),
+    ("config.n_layer", math.inf, "--n_layer"),
+    ("config.n_layer", True, "--n_layer"),
+    ("config.n_layer", 3.0, "--n_layer"),
+    ("config.members", 10**7, "--members"),
+    ("config.loop_times", 10**8, "--loop_times"),
+    ("config.memory", ",".join(["3"] * 1000), "--memory"),
+    ("config.softcap", math.nan, "--softcap"),
+    ("config.iha", None, "--iha"),
+    ("config.data", "a\0b", "--data"),
+    ("config.data", "a\nb", "--data"),
+    ("config.data", "\ud800", "--data"),
+    ("config.student", "\x1b[2J", "--student"),
+    ("config.nonesuch", 1, "damaged"),
+    ("config.track", [], "damaged"),
+    ("data", None, "damaged"),
+    ("data.vocab_size", 257.0, "whole number"),
+    ("data.vocab_size", 257.5, "whole number"),
+    ("data.vocab_size", 10**9, "vocab_size"),
+    ("data.sha256", {"train.bin": None, "val.bin": None}, "text"),
+    ("data.text_bytes.val", 10**400, "text_bytes"),
+    ("device", "abacus", "options"),
+    ("steps", "5", "options"),
+    ("steps", -5, "options"),
+    ("trial", "no", "options"),
+]
+
+
+@pytest.mark.parametrize("path, value, named", BAD_ENTRIES)
+@pytest.mark.parametrize("command", ["--score", "--resume"])
+def test_a_config_that_somebody_made_up(finished_run, tmp_path, command, path, value, named):
+    stored = json.loads((finished_run / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(with_entry(stored, path, value)))
+    rest = ["--tokens", "x.npy", "--nll", tmp_path / "o.npy"] if command == "--score" else []
+    assert_one_line(run_main(command, tmp_path, *rest), tmp_path / "config.json", named)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"[" * 10**5, b'{"a":' * 10**5, b"null", b"\xff", b"1" * 5000, b" " * 2**21]
+)
+def test_a_config_that_is_no_object(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text)
+    assert_one_line(run_main("--resume", tmp_path), tmp_path / "config.json")
+
+
+def assert_one_line(result, *named):
+    """A refusal: short, and without what could steer a terminal."""
+    status, out, err = result
+    assert (status, out, err.count("\n")) == (2, "", 1), result
+    assert len(err) < 1200 and err.rstrip("\n").isprintable()
+    assert all(str(name) in err for name in named), err
+
+
+def test_weights_that_are_not_numbers(tiny_data, tmp_path):
+    """No score is made of NaN."""
+    run = train_tiny(tiny_data, tmp_path / "run", "--steps", 2)
+    (path,) = t.saved(run, "weights")
+    p = t.load_tensors(path)
+    p["lm_head"][5, 5] = math.nan
+    t.save_tensors(run, "weights", 0, p)
+    out = tmp_path / "nll.npy"
+    argv = ("--score", run, "--tokens", tiny_data / "val.bin", "--nll", out, *PLAIN)
+    assert_one_line(run_main(*argv), run, "NaN")
+    assert not out.exists()
+
+
 def test_scoring_from_memory_needs_the_training_tokens(tiny_data, tmp_path):
     data = shutil.copytree(tiny_data, tmp_path / "data")
     run = train_tiny(data, tmp_path / "run", "--steps", 5, memory="2,5")
@@ -547,6 +641,41 @@ STEPS = 39  # of each model
 def chain(tiny_data, tmp_path_factory):
     """A finished chain of three members and a student, with every phase there is."""
     return train_tiny(tiny_data, tmp_path_factory.mktemp("runs") / "chain", **CHAIN)
+
+
+def test_metrics_are_the_logs(chain):
+    """A line for each step, with the same keys in each, and the log's numbers, which are rounded."""
+    lines = [json.loads(line) for line in (chain / "metrics.jsonl").read_text().splitlines()]
+    assert all(list(line) == t.Metrics.keys for line in lines)
+    log = reading.read_log(chain / "log.txt")
+    evals = {(entry.member, entry.step): entry.loss for entry in log.of(reading.Eval)}
+    steps = log.of(reading.Step)
+    for line, step in zip(lines, steps, strict=True):
+        assert (line["model"], line["step"], line["steps"]) == (step.member, step.step, step.steps)
+        loss = line["bag_loss"] if step.of_bags else line["loss"]
+        assert (round(loss, 4), round(line["epoch"], 3)) == (step.loss, step.epoch)
+        assert (line["loss"] is None) == step.of_bags
+        assert (line["kl"] is None) == (step.of_bags or step.member == 1)
+        assert round(line["seconds"], 1) == step.seconds
+        val_loss = line["val_loss"] and round(line["val_loss"], 4)
+        assert val_loss == evals.get((step.member, step.step))
+    assert len(evals) == 4 and any(step.of_bags for step in steps)
+
+
+@pytest.mark.parametrize(
+    "end", [b'{"model": 1, "st', b"[]\n", b"5\n", b'{"model": "x", "step": 0}\n'], ids=str
+)
+def test_metrics_that_a_kill_has_cut_short(tmp_path, end):
+    """Steps behind the checkpoint go, whatever is no step goes, and all others stay as they are."""
+    place = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (3, 1)]
+    lines = [json.dumps({"model": model, "step": step, "own": 0.1}).encode() for model, step in place]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, end]))
+    m = t.Machine(torch.device("cpu"), torch.float32)
+    metrics = t.Metrics(tmp_path, m, {"model": 1, "step": 2})
+    metrics(model=2, step=3)
+    content = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
+    assert content[:-1] == lines[:4]
+    assert json.loads(content[-1]) == dict.fromkeys(t.Metrics.keys) | {"model": 2, "step": 3}
 
 
 @pytest.mark.parametrize("when", ["in the third member", "between two", "in the student"])
@@ -935,6 +1064,14 @@ BAD_OPTIONS = [
     ("--attention varlen", "--attention"),
     ("--vocab_size 300", "--vocab_size"),
     ("--student depth=3 --distill_alpha 0.5", "--student"),
+    ("--student distill_alpha=0.5,dropuot=0.1", "did you mean dropout?"),
+    ("--dropuot 0.1", "did you mean --dropout?"),
+    ("--n-layer=2", "did you mean --n_layer?"),
+    ("--resme runs/x", "did you mean --resume?"),
+    ("--nothing_like_it", "--help"),
+    ("--iha maybe", "--iha maybe: must be 0 or 1"),
+    ("--data fineweb", "python data/prepare.py fineweb"),
+    ("--data nonesuch", "python data/prepare.py --help"),
     ("--student n_layer=2", "--student"),
     ("--student distill_alpha=0.5,softcap=30", "softcap"),
     ("--student distill_alpha=0.5,n_layer=x", "--n_layer"),
@@ -945,6 +1082,12 @@ BAD_OPTIONS = [
     ("--distill_temp 0", "--distill_temp"),
     ("--members 3 --chains 2", "--chains"),
     ("--adam_beta1 1", "--adam_beta1"),
+    ("--loop_times 100000000", "--loop_times"),
+    ("--members 10000000", "--members"),
+    ("--seed 99999999999999999999", "--seed"),
+    ("--batch_tokens 640000000000", "--batch_tokens"),
+    ("--epochs 1e308", "--epochs"),
+    ("--epochs 999999 --batch_tokens 64", "--epochs"),
 ]
 
 
@@ -955,6 +1098,22 @@ def test_impossible_options(tiny_data, tmp_path, words, named):
     status, out, err = run_main(*argv)
     assert (status, out, err.count("\n")) == (2, "", 1) and named in err
     assert not run.exists()
+
+
+@pytest.mark.parametrize("script", ["train_gpt.py", "data/prepare.py"])
+def test_on_windows_one_line_says_where_it_runs(script):
+    """Before it imports what Windows does not have."""
+    code = "import os, sys; os.name = 'nt'; sys.modules['fcntl'] = None; exec(open(sys.argv[1]).read())"
+    done = subprocess.run([sys.executable, "-c", code, ROOT / script], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "WSL" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    "text, value", [("1", True), ("true", True), ("True", True), ("0", False), ("false", False)]
+)
+def test_a_switch_can_be_a_word(text, value):
+    given, _ = t.parse_args(["--iha", text])
+    assert given == {"iha": value}
 
 
 def test_batch_that_ranks_cannot_share(monkeypatch, tiny_data, tmp_path):
