@@ -313,10 +313,10 @@ def test_a_disk_that_fails(tiny_data, tmp_path, monkeypatch, after, remedy):
 
 
 def test_out_of_memory(tiny_data, tmp_path):
-    """A model of 29 trillion parameters: one line that says what to lower, also in the log. The corrected
+    """A model of 34 trillion parameters: one line that says what to lower, also in the log. The corrected
     command then takes the same folder."""
     run = tmp_path / "run"
-    recipe = options(**TINY | dict(mlp_hidden=10**11), data=tiny_data)
+    recipe = options(**TINY | dict(n_layer=1000, n_embd=2**16, mlp_hidden=2**16), data=tiny_data)
     status, _, err = run_main(*recipe, "--run_dir", run, *PLAIN, "--steps", 3)
     assert status == 1 and err.count("\n") == 1 and "out of memory" in err and "--device_tokens" in err
     assert log_lines(run)[-1].startswith("out of memory")
