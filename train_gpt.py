@@ -1639,7 +1639,8 @@ def load_state(folder, force=False):
     return {"params": {}, "progress": progress | {"ranks": 0, "threads": 0}, "source": SOURCE_SHA256}
 
 
-# Where a run's data lies, and what its machine has memory for: what it computes does not depend on these.
+# Where a run's data lies, and what its machine has memory for. They change what it computes by rounding, and
+# by the numbers that dropout draws.
 PLACE_OPTIONS = ("data", "device_tokens", "loss_chunk")
 # Chosen at the start, kept on resume.
 RUNTIME_CHOICES = dict(device="auto cpu cuda", attention="auto varlen flex sdpa", compile="auto on off")
