@@ -38,6 +38,7 @@ if os.name == "nt":
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
@@ -49,7 +50,6 @@ import io
 import itertools
 import json
 import math
-import pickle
 import platform
 import re
 import resource
@@ -982,11 +982,11 @@ class Param(NamedTuple):
 
 
 def constant(value):
-    return lambda shape, g: torch.as_tensor(value, dtype=torch.float32).expand(shape).clone()
+    return lambda shape, g: torch.empty(shape).copy_(torch.as_tensor(value, dtype=torch.float32))
 
 
 def identity(shape, g):
-    return torch.eye(shape[-1]).expand(shape).clone()
+    return torch.empty(shape).copy_(torch.eye(shape[-1]))
 
 
 def normal(std):
@@ -1063,11 +1063,11 @@ def n_params(c):
     return sum(math.prod(shape) for shape in param_shapes(c).values())
 
 
-def init_params(c):
-    """Float32 parameters on the CPU, drawn from c.seed."""
+def init_params(c, device="cpu"):
+    """Float32 parameters, drawn from c.seed on the CPU."""
     g = torch.Generator().manual_seed(c.seed)
     shapes = param_shapes(c)
-    return {name: entry.init(shapes[name], g) for name, entry in param_table(c).items()}
+    return {name: entry.init(shapes[name], g).to(device) for name, entry in param_table(c).items()}
 
 
 def norm(x):
@@ -1432,10 +1432,13 @@ class MuonAdamW:
     def items(self, name, w):
         return w.view(-1, *w.shape[-2:]) if self.table[name].optimizer == "muon" else w.view(-1)
 
+    def shard(self, name, w):
+        """This rank's items of a parameter, or of a tensor of its shape."""
+        size = len(self.state[name][0])
+        return self.items(name, w)[self.m.rank * size :][:size]
+
     def gather(self, shard, n, shard_size):
         """All n items from every rank's shard, of which the last may be shorter than the others or empty."""
-        if self.m.world_size == 1:
-            return shard
         whole = shard.new_empty(shard_size * self.m.world_size, *shard.shape[1:])
         dist.all_gather_into_tensor(whole, pad_items(shard, shard_size))
         return whole[:n]
@@ -1467,7 +1470,7 @@ class MuonAdamW:
         entry = self.table[name]
         items = self.items(name, w)
         first, second = self.state[name]
-        shard = items[self.m.rank * len(first) :][: len(first)]
+        shard = self.shard(name, w)
         n = len(shard)
         lr = lr * getattr(c, entry.lr)
         decay = wd * c.weight_decay if entry.decay else 0.0
@@ -1480,21 +1483,37 @@ class MuonAdamW:
             items.copy_(self.gather(shard, len(items), len(first)))
 
     @torch.no_grad()
-    def state_dict(self):
-        """Every rank's state put together, on the CPU of the first, as one rank would have it."""
-        device = "cpu" if self.m.is_main else "meta"  # only the first writes it
-        full = {}
+    def state_dict(self, ema=None):
+        """{name: {kind: items}} of this rank's shard of the weights, both moments and, if there is one, their
+        average: a copy in the memory of the CPU, which later steps do not change."""
+        copies = {}
         for name, w in self.p.items():
-            n = len(self.items(name, w))
-            full[name] = [self.gather(shard, n, len(shard)).to(device) for shard in self.state[name]]
-        return full
+            first, second = self.state[name]
+            shard = self.shard(name, w)
+            kinds = {"w": shard, "first": first[: len(shard)], "second": second[: len(shard)]}
+            if ema:
+                kinds["ema"] = self.shard(name, ema[name])
+            copies[name] = {kind: items.to("cpu", copy=True) for kind, items in kinds.items()}
+        return copies
 
     @torch.no_grad()
-    def load_state_dict(self, full):
-        for name, parts in full.items():
-            for shard, whole in zip(self.state[name], parts, strict=True):
-                part = whole[self.m.rank * len(shard) :][: len(shard)]
-                shard[: len(part)].copy_(part)
+    def load_state_dict(self, shards, ema=None):
+        """Take over what state_dict() returned on the ranks of a run, in their order, however many they were:
+        the moments of this rank's shard, and all of the weights and of their average."""
+        for name, w in self.p.items():
+            first, second = self.state[name]
+            start = self.m.rank * len(first)
+            kinds = {"w": (self.items(name, w), 0), "first": (first, start), "second": (second, start)}
+            if ema:
+                kinds["ema"] = (self.items(name, ema[name]), 0)
+            for kind, (target, begin) in kinds.items():
+                at = -begin  # where the next part's items belong in the target
+                for part in (shard[name][kind] for shard in shards):
+                    taken = part[max(0, -at) : max(0, len(target) - at)]
+                    target[max(0, at) :][: len(taken)].copy_(taken)
+                    at += len(part)
+                if at != len(self.items(name, w)) - begin:
+                    raise ValueError(f"{name} is of another size")
 
 
 def pad_items(x, n):
@@ -1511,7 +1530,7 @@ def writing(path):
         yield
     except OSError as e:
         remedy = "mend that, and start again"
-        if saved(path.parent, "state"):
+        if saved(path.parent, INDEX_FILE):
             remedy = f"what was saved is intact: mend that, and go on with --resume {path.parent}"
         raise UserError(f"{path}: cannot be written ({e.strerror or e}); {remedy}", status=1) from None
 
@@ -1526,37 +1545,45 @@ def sync(file):
         do_without("this file system cannot sync: a power cut may take what was saved last", e)
 
 
-def write_file(path, data):
-    """Write bytes atomically: after a crash, `path` has the old content or the new."""
+def file_sha256(path):
+    """Of a file's bytes, as far as names of checkpoints state it: 16 hexadecimal digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
+def write_file(path, write, suffix=None):
+    """Have write(file) fill a file, atomically: after a crash, `path` has the old content or the new. With a
+    suffix, the name goes on with the digest of its bytes and with that. Returns the path."""
     tmp = path.with_name(path.name + ".tmp")
     with writing(path):
         try:
             with open(tmp, "wb") as f:
-                f.write(data)
+                write(f)
                 f.flush()
                 sync(f.fileno())
+            if suffix:
+                path = path.with_name(f"{path.name}.{file_sha256(tmp)}.{suffix}")
             os.replace(tmp, path)
         finally:
             tmp.unlink(missing_ok=True)
         folder = os.open(path.parent, os.O_RDONLY)
         sync(folder)  # the rename must reach the disk, too
         os.close(folder)
+    return path
 
 
-def write_json(path, content):
-    write_file(path, json.dumps(content, indent=1).encode() + b"\n")
+def write_json(path, content, suffix=None):
+    data = json.dumps(content, indent=1).encode() + b"\n"
+    return write_file(path, lambda f: f.write(data), suffix)
 
 
 def write_npy(path, array):
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    write_file(path, buffer.getbuffer())
+    write_file(path, lambda f: np.save(f, array, allow_pickle=False))
 
 
 def leftovers(folder):
     """Half-written files of a run that was killed. Other files of such names are somebody's own."""
-    ours = r"((state|weights)-\d+\.[0-9a-f]{16}\.pt|config\.json|record\.json|val_nll\.npy)\.tmp"
-    return [path for path in folder.glob("*.tmp") if re.fullmatch(ours, path.name)]
+    return [path for path in folder.glob("*.tmp") if re.fullmatch(TEMPORARY_FILE, path.name)]
 
 
 def is_free(folder):
@@ -1580,63 +1607,218 @@ def is_free(folder):
     return LOG_HEAD.encode().startswith(head)
 
 
-def saved(folder, kind):
-    """Checkpoints of a kind ("state": to resume; "weights": to score), oldest first. A state's number is
-    model * 10**7 + step, padded to 7 digits, so the longer name is of the later model."""
-    return sorted(folder.glob(f"{kind}-*.*.pt"), key=lambda path: (len(path.name), path.name))
+def write_tensors(path, content):
+    def write(f):
+        try:
+            torch.save(content, f)
+        except RuntimeError as e:  # torch's own, in front of what it came from: a full disk
+            if isinstance(e.__context__, OSError):
+                raise e.__context__ from None
+            raise
 
-
-def save_tensors(folder, kind, number, content):
-    """Write folder/KIND-NUMBER.DIGEST.pt. The digest is of the file's bytes."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:16]
-    path = folder / f"{kind}-{number:07d}.{digest}.pt"
-    write_file(path, buffer.getbuffer())
-    for other in folder.glob(f"{kind}-{number:07d}.*.pt"):
-        if other != path:
-            other.unlink()
+    return write_file(path, write, "pt")
 
 
 def load_tensors(path):
-    """What save_tensors wrote, or None where the file is damaged. Unpickles tensors and numbers alone."""
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest()[:16] != path.name.split(".")[-2]:
-        return None
-    with contextlib.suppress(RuntimeError, pickle.UnpicklingError, EOFError):
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    """What write_tensors() wrote, mapped into memory: of a large file, only what is used is read. Unpickles
+    tensors and numbers alone. None where it holds something else."""
+    with contextlib.suppress(Exception):  # somebody may have made it up: torch then raises anything
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def on_cpu(tensors):
-    return {name: w.detach().cpu() for name, w in tensors.items()}
+def is_whole(path):
+    """Whether a file is there and has the digest that its name states."""
+    return path.is_file() and file_sha256(path) == path.name.split(".")[-2]
 
 
-def save_state(run, p=None, optimizer=None, ema=None):
-    """Everything that training needs to resume with bit-identical results. Between two models that is
-    run.progress alone. Every rank takes part, the first writes, and the two newest are kept."""
-    optimizer_state = optimizer.state_dict() if optimizer else {}
-    if not run.m.is_main:
-        return
-    run.progress["log_bytes"] = run.log.sync()
-    state = {"params": on_cpu(p or {}), "optimizer": optimizer_state, "ema": on_cpu(ema or {})}
-    state |= {"progress": run.progress, "source": SOURCE_SHA256}
-    save_tensors(run.folder, "state", run.progress["model"] * 10**7 + run.progress["step"], state)
-    for old in saved(run.folder, "state")[:-2]:
-        old.unlink()
+def json_sha256(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def load_state(folder, force=False):
-    """The newest undamaged checkpoint of a run, or that of a run before its first step."""
-    for path in reversed(saved(folder, "state")):
-        state = load_tensors(path)
-        if state:
-            same = force or state["source"] == SOURCE_SHA256
-            remedy = "restore the source that its log.txt holds, or add --force to go on as a trial"
-            require(same, f"--resume {folder}: {SCRIPT} has changed since this run began; {remedy}")
-            return state
-        print(f"{path}: damaged, going back to the checkpoint before it", file=sys.stderr)
+def recipe_sha256(c):
+    """Of what a model's weights depend on. A run may grow, join others, and follow its data elsewhere."""
+    return json_sha256(dataclasses.asdict(dataclasses.replace(c, data="", members=1, chains=1, student="")))
+
+
+# A checkpoint is an index, state-NUMBER.DIGEST.json, and the files that it names, one of each rank,
+# state-NUMBER.RANKofRANKS.DIGEST.pt. NUMBER is model * 10**7 + step; that of weights is the model's. A digest
+# is the beginning of the sha256 of a file's bytes.
+INDEX_FILE = r"state-\d{7,}\.[0-9a-f]{16}\.json"
+SHARD_FILE = r"state-\d{7,}\.\d+of\d+\.[0-9a-f]{16}\.pt"
+WEIGHTS_FILE = r"weights-\d{7,}\.[0-9a-f]{16}\.pt"
+TENSORS_FILE = f"{SHARD_FILE}|{WEIGHTS_FILE}"
+TEMPORARY_FILE = r"((state|weights)-\d{7,}(\.\d+of\d+)?|config\.json|record\.json|val_nll\.npy)\.tmp"
+
+
+def number_of(path):
+    return int(path.name.split(".")[0].split("-")[1])
+
+
+def saved(folder, form):
+    """The files of a run whose names are of a form, oldest first."""
+    paths = [path for path in folder.glob("*-*") if re.fullmatch(form, path.name)]
+    return sorted(paths, key=lambda path: (number_of(path), path.name))
+
+
+def read_index(path):
+    """The content of a checkpoint's index, or None where it is damaged."""
+
+    def check(index):
+        for name, start in new_state(Config())["progress"].items():
+            number = index["progress"][name]
+            require(type(number) is type(start) and 0 <= number < 10**12, f"{name} {number}")
+        named = [*index["shards"], *index["weights"]]
+        well_formed = all(re.fullmatch(TENSORS_FILE, name) for name in named)
+        require(well_formed and {"source", "recipe"} <= index.keys(), "not the index of a checkpoint")
+        return index
+
+    with contextlib.suppress(UserError):
+        return read_json(path, check) if is_whole(path) else None
+
+
+def remove_states(folder, kept, newest=math.inf):
+    """Remove the files of checkpoints, complete or not, up to a number, but for the indexes `kept` and what
+    they name."""
+    names = {path.name for path in kept}
+    for path in kept:
+        index = read_index(path)
+        names.update(index["shards"] if index else [])
+    for path in saved(folder, f"{INDEX_FILE}|{SHARD_FILE}"):
+        if path.name not in names and number_of(path) <= newest:
+            path.unlink()
+
+
+class Saver:
+    """Saves a run while it trains on. Each rank copies its shard in memory, which a thread of its own then
+    writes. When all ranks have written theirs, the first writes the index, which makes the checkpoint valid,
+    and removes all but the two newest."""
+
+    def __init__(self, run, thread):
+        self.run = run
+        self.thread = thread
+        self.state = None  # of the save at hand: what its index will say
+        self.shard = None  # the future of this rank's file, until commit()
+        self.index = None  # the future of the index, on the first rank
+
+    @property
+    def has_written(self):
+        return self.shard is not None and self.shard.done()
+
+    def save(self, optimizer=None, ema=None):
+        """Begin to save everything that training needs to resume with bit-identical results. Between two
+        models that is run.progress alone. All ranks take part."""
+        self.wait()
+        run = self.run
+        if run.m.is_main:
+            run.progress["log_bytes"] = run.log.file.tell()
+        weights = [
+            path for path in saved(run.folder, WEIGHTS_FILE) if number_of(path) < run.progress["model"]
+        ]
+        self.state = new_state(run.c) | {"progress": dict(run.progress), "weights": [w.name for w in weights]}
+        if optimizer:
+            path = self.path(f".{run.m.rank}of{run.m.world_size}")
+            self.shard = self.thread.submit(write_tensors, path, optimizer.state_dict(ema))
+        elif run.m.is_main:
+            self.index = self.thread.submit(self.write_index)
+
+    def path(self, rank=""):
+        progress = self.state["progress"]
+        return self.run.folder / f"state-{progress['model'] * 10**7 + progress['step']:07d}{rank}"
+
+    def commit(self):
+        """Complete a save when every rank has written its shard, or has failed to."""
+        m = self.run.m
+        outcome = self.shard.exception()
+        if outcome is None:
+            outcome = self.shard.result().name
+        self.shard = None
+        outcomes = all_gather(m, outcome)
+        for outcome in outcomes:
+            if isinstance(outcome, Exception):
+                raise outcome
+        self.state["shards"] = outcomes
+        if m.is_main:
+            self.index = self.thread.submit(self.write_index)
+
+    def write_index(self):
+        self.run.log.sync()
+        path = write_json(self.path(), self.state, "json")
+        before = [other for other in saved(path.parent, INDEX_FILE) if number_of(other) < number_of(path)]
+        remove_states(path.parent, [path, *before[-1:]], number_of(path))
+
+    def wait(self):
+        """Until what was begun is on disk."""
+        if self.shard:
+            concurrent.futures.wait([self.shard])
+            self.commit()
+        if self.index:
+            self.index.result()
+
+
+def save_weights(folder, model, p):
+    """Write the final weights of a model in place of others of its number."""
+    content = {"recipe": recipe_sha256(dataclasses.replace(model.c, seed=0))}
+    content["params"] = {name: w.detach().cpu() for name, w in p.items()}
+    path = write_tensors(folder / f"weights-{model.number:07d}", content)
+    for other in saved(folder, WEIGHTS_FILE):
+        if number_of(other) == model.number and other != path:
+            other.unlink()
+
+
+def new_state(c):
+    """What the index of a checkpoint says, before a run's first step."""
     progress = {"model": 0, "step": 0, "seconds": 0.0, "compile_seconds": 0.0, "log_bytes": 0}
-    return {"params": {}, "progress": progress | {"ranks": 0, "threads": 0}, "source": SOURCE_SHA256}
+    progress |= {"ranks": 0, "threads": 0}
+    made_by = {"source": SOURCE_SHA256, "recipe": recipe_sha256(c)}
+    return made_by | {"progress": progress, "shards": [], "weights": []}
+
+
+def load_state(folder, c, m, force):
+    """The index of the newest checkpoint that is whole, or what precedes the first. Every file is hashed by
+    one rank, and all ranks agree. What kills left behind is removed."""
+    found = [None]
+    if m.is_main:
+        found = [[(path, read_index(path)) for path in reversed(saved(folder, INDEX_FILE))]]
+    if m.world_size > 1:
+        dist.broadcast_object_list(found, src=0, device=m.device)
+    state = None
+    kept = []
+    for i, (path, index) in enumerate(found[0]):
+        files = [folder / name for name in index["shards"]] if index else [path]
+        damaged = [file for file in files[m.rank :: m.world_size] if not is_whole(file)]
+        for file in damaged:
+            print(f"{file}: damaged or gone, going back to the checkpoint before it", file=sys.stderr)
+        if all_reduce(m, torch.tensor(len(damaged), device=m.device)) == 0 and index:
+            state = index
+            kept = [path for path, _ in found[0][i : i + 2]]
+            break
+    if state:
+        same = force or state["source"] == SOURCE_SHA256
+        remedy = "restore the source that its log.txt holds, or add --force to go on as a trial"
+        require(same, f"--resume {folder}: {SCRIPT} has changed since this run began; {remedy}")
+        same = state["recipe"] == recipe_sha256(c)
+        require(same, f"{folder}/config.json: is not the one that {path.name} belongs to; restore it")
+        for name in state["weights"]:
+            require((folder / name).exists(), f"{folder / name}: is gone; restore it, or begin a new run")
+    else:
+        # Killed before its first checkpoint, a run begins again. One that has come further must not.
+        traces = [*found[0], *saved(folder, WEIGHTS_FILE), *folder.glob("record.json")]
+        remedy = "restore a state-*.json and what it names, or begin a new run"
+        require(not traces, f"--resume {folder}: has no checkpoint that is whole; {remedy}")
+        state = new_state(c)
+    if m.is_main:
+        remove_states(folder, kept)
+        for path in leftovers(folder):
+            path.unlink()
+    return state
+
+
+def load_shards(folder, names, optimizer, ema):
+    """Load the weights, moments and average that the files of a checkpoint hold."""
+    try:
+        optimizer.load_state_dict([load_tensors(folder / name) for name in names], ema)
+    except Exception as e:  # under the right names, somebody may have put anything
+        raise UserError(f"{folder}/{names[0]}: is not what config.json describes ({first_line(e)})") from None
 
 
 # Where a run's data lies, and what its machine has memory for. They change what it computes by rounding, and
@@ -1651,9 +1833,10 @@ def read_run(folder):
     """(Config, meta of its data, its runtime options and whether it is a trial) of a run folder."""
 
     def check(stored):
-        options = {name: stored[name] for name in RUNTIME_OPTIONS}
+        if stored.pop("sha256") != json_sha256(stored):
+            raise ValueError("another content than its sha256 says")
+        options = {name: stored[name] for name in (*RUNTIME_OPTIONS, "trial")}
         steps = options["steps"]
-        options["trial"] = stored.get("trial", steps is not None)
         known = all(options[name] in choices.split() for name, choices in RUNTIME_CHOICES.items())
         typed = type(options["trial"]) is bool and (steps is None or (type(steps) is int and steps > 0))
         require(known and typed, "a run cannot have these options")
@@ -1663,15 +1846,23 @@ def read_run(folder):
 
 
 def load_weights(folder, number, c, m):
-    """The weights of a run's model `number`, checked against the shapes of its config."""
-    for path in folder.glob(f"weights-{number:07d}.*.pt"):
-        p = load_tensors(path)
-        fits = isinstance(p, dict) and {name: tuple(w.shape) for name, w in p.items()} == param_shapes(c)
-        require(fits, f"{path}: damaged, or not the weights that config.json describes; train the run again")
-        return {name: w.to(m.device, torch.float32) for name, w in p.items()}
-    raise UserError(
-        f"{folder}: lacks the weights of model {number + 1}; finish the run with --resume {folder}"
-    )
+    """The weights of a run's model `number`, checked against its config. The first rank alone hashes them:
+    where they are damaged, no other can go on."""
+    paths = [path for path in saved(folder, WEIGHTS_FILE) if number_of(path) == number]
+    remedy = f"finish the run with --resume {folder}"
+    require(paths, f"{folder}: lacks the weights of model {number + 1}; {remedy}")
+    names = " and ".join(path.name for path in paths)
+    require(len(paths) == 1, f"{folder}: has {names}; remove what is not of this run")
+    stored = load_tensors(paths[0]) if not m.is_main or is_whole(paths[0]) else None
+    try:
+        p = stored["params"]
+        fits = stored["recipe"] == recipe_sha256(dataclasses.replace(c, seed=0))
+        fits = fits and {name: tuple(w.shape) for name, w in p.items()} == param_shapes(c)
+    except Exception:  # as in load_shards()
+        fits = False
+    message = f"{paths[0]}: damaged, or not of the recipe in config.json, or of an older version of {SCRIPT}"
+    require(fits, f"{message}; train the run again")
+    return {name: w.to(m.device, torch.float32, copy=True) for name, w in p.items()}
 
 
 # ---- scoring -----------------------------------------------------------------------------------------------
@@ -1902,6 +2093,10 @@ class Log:
             sync(self.file.fileno())
         return self.file.tell()
 
+    def close(self):
+        if self.file:
+            self.file.close()
+
 
 class Metrics:
     """metrics.jsonl, on rank 0: what the log says of each step, as a line of JSON for other people's
@@ -2097,10 +2292,10 @@ def seconds_left(plan, step, seconds_per_flop, m):
         n_steps = model.batches.steps
         n_evals = c.evals * (1 - step / n_steps)
         eval_flops = c.eval_windows * c.seq_len * flops_per_token(c, phase_schedule(1.0, c))
-        memory = memory_estimate(model, m)
-        save_seconds = (memory["weights"] + memory["optimizer"] * m.world_size) * SAVE_SECONDS_PER_GB
         seconds += (sum(model.step_flops[step:]) + n_evals * eval_flops) * seconds_per_flop
-        seconds += (1 + (n_steps - step) // c.save_every) * save_seconds
+        n_saves = (n_steps - step - 1) // c.save_every
+        seconds += n_saves * shard_size(model, m) * COPY_SECONDS_PER_GB
+        seconds += 4e-9 * n_params(c) * SAVE_SECONDS_PER_GB  # the final weights, by the first rank
         step = 0
     return seconds
 
@@ -2174,8 +2369,8 @@ def begin_log(run):
         log(f"fit: {m.reasons['fit']}")
 
 
-def train(run, state):
-    """Train the models of a run from a checkpoint's state, or from the start."""
+def train(run, shards, saver):
+    """Train the models of a run, the first from the shards of a checkpoint if there are any."""
     m = run.m
     progress = run.progress
     progress["ranks"] = max(m.world_size, progress["ranks"])
@@ -2191,10 +2386,10 @@ def train(run, state):
     for model in run.plan:
         is_new = model.number >= progress["model"]
         if is_new:
-            p = train_model(run, model, state)
-            state = {"params": {}}  # it was of this model; the next one starts afresh
+            p = train_model(run, model, shards, saver)
+            shards = []  # they were of this model; the next one starts afresh
             if m.is_main:
-                save_tensors(run.folder, "weights", model.number, on_cpu(p))
+                save_weights(run.folder, model, p)
             del p  # the next model needs the memory
             progress |= {"model": model.number + 1, "step": 0, "seconds": run.seconds()}
         barrier(m)  # all ranks read what the first has written
@@ -2209,7 +2404,8 @@ def train(run, state):
                 so_far = f"val_loss {mean_nll(nll):.4f}, the members so far together {together:.4f}"
                 run.log(f"member {model.number + 1} done: {so_far}, on {run.eval_name}")
         if is_new:
-            save_state(run)
+            saver.save()
+    saver.wait()
 
 
 def ask_referee(run, *options):
@@ -2222,11 +2418,9 @@ def ask_referee(run, *options):
             run.log(f"referee: {line}")
 
 
-def first_weights(run, model, state):
-    """What a model's training begins with: a checkpoint's weights, for a student of its teachers' shape the
-    last teacher's (a warm start), otherwise the seed's."""
-    if state["params"]:
-        return state["params"]
+def first_weights(run, model):
+    """What a model's training begins with: for a student of its teachers' shape the last teacher's weights (a
+    warm start), otherwise the seed's."""
     shapes = param_shapes(model.c)
     if model.number == run.c.members:
         teacher = model.teachers[-1]
@@ -2234,7 +2428,7 @@ def first_weights(run, model, state):
             run.log(f"model {model.number + 1} starts from the weights of model {teacher.number + 1}")
             p = load_weights(run.folder, teacher.number, teacher.c, run.m)
             return {name: p[name] for name in shapes}
-    return init_params(model.c)
+    return init_params(model.c, run.m.device)
 
 
 def load_teacher(run, model, step):
@@ -2261,20 +2455,23 @@ def train_step(p, optimizer, model, step, m, teacher):
     return losses
 
 
-def train_model(run, model, state):
-    """Train one model of a run, from a checkpoint's state or from the start. Returns its final weights."""
+def train_model(run, model, shards, saver):
+    """Train one model of a run, from the shards of a checkpoint or from the start. Returns its final
+    weights."""
     c = model.c
     m = run.m
     n_steps = model.batches.steps
     first_step = run.progress["step"]
-    p = {name: w.to(m.device).requires_grad_() for name, w in first_weights(run, model, state).items()}
-    ema = None
-    if c.ema:
-        begin = state["ema"] if state["params"] else p  # resumed within a model, or at its first weights
-        ema = {name: w.detach().to(m.device, copy=True) for name, w in begin.items()}
+    if shards:
+        p = {name: torch.empty(shape, device=m.device) for name, shape in param_shapes(c).items()}
+    else:
+        p = first_weights(run, model)
+    for w in p.values():
+        w.requires_grad_()
+    ema = {name: w.detach().clone() for name, w in p.items()} if c.ema else None
     optimizer = MuonAdamW(p, c, m)
-    if state["params"]:
-        optimizer.load_state_dict(state["optimizer"])
+    if shards:
+        load_shards(run.folder, shards, optimizer, ema)
     eval_after = {round(n_steps * (i + 1) / c.evals) for i in range(c.evals - 1)}
     flops_left = sum(model.step_flops[first_step:])
     flops_left += sum(later.train_flops for later in run.plan[model.number + 1 :])
@@ -2293,17 +2490,22 @@ def train_model(run, model, state):
                 w.lerp_(p[name].detach(), 1 - decay)
 
         # What follows is decided by sums over the ranks, and so is the same on all of them.
-        stop = torch.tensor(float(bool(run.stop_requested)), device=m.device)
-        *values, stop = all_reduce(m, torch.stack([*losses.values(), stop])).tolist()
+        flags = torch.tensor([float(bool(run.stop_requested)), float(saver.has_written)], device=m.device)
+        sums = all_reduce(m, torch.cat([torch.stack([*losses.values()]), flags]))
+        *values, stop, n_written = sums.tolist()
+        if n_written == m.world_size:
+            saver.commit()
         run.progress |= {"step": step + 1, "seconds": run.seconds()}
-        saving = (step + 1) % c.save_every == 0 or step + 1 == n_steps or stop
+        # After the last step, the final weights are written at once.
+        saving = stop or ((step + 1) % c.save_every == 0 and step + 1 < n_steps)
         where = f"{model.name}step {step + 1}/{n_steps}"
         terms = " ".join(f"{name} {value:.4f}" for name, value in zip(losses, values, strict=True))
         finite = all(map(math.isfinite, values))
-        if saving:
+        if saving or step + 1 == n_steps:
             finite = finite and all(w.isfinite().all() for w in p.values())
         if not finite:
-            last = (saved(run.folder, "state") or ["none, this came before the first"])[-1]
+            saver.wait()
+            last = (saved(run.folder, INDEX_FILE) or ["none, this came before the first"])[-1]
             message = f"{where}: {terms}: the loss or a weight is not finite; last good checkpoint: {last}"
             raise UserError(message, status=1)
         flops_done += model.step_flops[step]
@@ -2327,9 +2529,11 @@ def train_model(run, model, state):
         rates = {"lr": lr, "tokens_per_second": speed, "seconds": run.progress["seconds"]}
         run.metrics(**place, **dict(zip(losses, values, strict=True)), **rates, val_loss=val_loss)
         if saving:
-            save_state(run, p, optimizer, ema)
+            saver.save(optimizer, ema)
         if stop:
+            saver.wait()
             raise stopped(run, f"stopped at {where} and saved")
+    saver.wait()
     return ema or p
 
 
@@ -2395,8 +2599,9 @@ def finish(run):
         f"val_loss {record['val_loss']:.6f} nats per token, {record['val_bpb']:.6f} bits per byte, "
         f"{record['val_tokens']:,} tokens scored"
     )
-    # The last state is kept: it has no weights, just run.progress.
-    for path in [*saved(run.folder, "state")[:-1], *leftovers(run.folder)]:
+    # The last checkpoint is kept: it has no weights, just run.progress.
+    remove_states(run.folder, saved(run.folder, INDEX_FILE)[-1:])
+    for path in leftovers(run.folder):
         path.unlink()
     log.sync()
     write_json(run.folder / "record.json", record)
@@ -2412,6 +2617,7 @@ GPU_FLOPS = 989e12  # an H100, dense bf16
 GPU_GB = 80
 UTILIZATION = 0.4  # assumed
 SAVE_SECONDS_PER_GB = 3.1  # to serialize, hash and write, measured on a slow core
+COPY_SECONDS_PER_GB = 0.5  # from a GPU to the memory of the host, assumed
 
 
 def read_rules(track):
@@ -2452,6 +2658,12 @@ def memory_estimate(model, m):
     return {kind: size / 1e9 for kind, size in sizes.items()}
 
 
+def shard_size(model, m):
+    """GB that each rank copies and writes in a checkpoint."""
+    weights = 4e-9 * n_params(model.c) * (2 if model.c.ema else 1)
+    return weights / m.world_size + memory_estimate(model, m)["optimizer"]
+
+
 def dry_run(c, n_ranks):
     """--dry_run: what a run would take on so many GPUs. Needs neither them nor the data."""
     rules = read_rules(c.track)
@@ -2488,10 +2700,16 @@ def dry_run(c, n_ranks):
         print(f"  memory of each, estimated: {together:.2f} GB")
         print(f"    {sizes}")
         print(f"  each sends {8e-9 * n * (n_ranks - 1) / n_ranks:.3g} GB in a step")
-        checkpoint = memory["weights"] + memory["optimizer"] * n_ranks
-        n_saves = 1 + len(phases) // model.c.save_every
-        save_seconds = n_saves * checkpoint * SAVE_SECONDS_PER_GB
-        print(f"  {n_saves} checkpoints of {checkpoint:.1f} GB, {save_seconds:.0f} s")
+        shard = shard_size(model, m)
+        n_saves = (len(phases) - 1) // model.c.save_every
+        copying = n_saves * shard * COPY_SECONDS_PER_GB
+        writing = shard * SAVE_SECONDS_PER_GB
+        print(
+            f"  {n_saves} checkpoints of {shard * n_ranks:.1f} GB: each process copies {shard:.2f} GB of it,"
+        )
+        print(f"    {copying:.1f} s in all, and writes that while it trains, {writing:.0f} s a time")
+        final = 4e-9 * n
+        print(f"  final weights of {final:.1f} GB, written by the first: {final * SAVE_SECONDS_PER_GB:.0f} s")
     flops = sum(model.train_flops for model in plan)
     print(f"{flops:.4g} FLOPs in all")
     if "max_ranks" in rules:  # a track for GPUs
@@ -2549,13 +2767,14 @@ def train_command(given, args):
         plan = training_plan(c, inputs, m)
     val_inputs = lookup.inputs(val_tokens[None])
     log = Log(folder, m)  # from here on the folder is this process's alone
-    state = load_state(folder, args.force)
+    state = load_state(folder, c, m, args.force) if args.resume else new_state(c)
     options["trial"] = options["trial"] or state["source"] != SOURCE_SHA256
     if m.is_main:
         # Without a lock, a run that has not saved yet may still be under way.
         free = args.resume or (is_free(folder) and (log.locked or not (folder / "config.json").exists()))
         require(free, f"{folder}: another run has just taken this name; choose one with --run_dir")
-        write_json(folder / "config.json", options | {"config": dataclasses.asdict(c), "data": meta})
+        stored = options | {"config": dataclasses.asdict(c), "data": meta}
+        write_json(folder / "config.json", stored | {"sha256": json_sha256(stored)})
     eval_inputs = evaluation_inputs(val_inputs[0], c)
     trial = options["trial"]
     progress = state["progress"]
@@ -2565,18 +2784,19 @@ def train_command(given, args):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the terminal was closed
     signal.signal(signal.SIGTERM, functools.partial(note_signal, run))
     signal.signal(signal.SIGINT, functools.partial(note_signal, run))
-    try:
-        train(run, state)
-        run.training_over = True
-        # A signal since the last step stops the run here, on all ranks.
-        if any(all_gather(m, bool(run.stop_requested))):
-            raise stopped(run)
-        finish(run)
-    except (Exception, KeyboardInterrupt) as e:
-        explained = explain(e)
-        if explained:
-            log(explained[0], show=False)
-        raise
+    with contextlib.closing(log), concurrent.futures.ThreadPoolExecutor(1) as thread:
+        try:
+            train(run, state["shards"], Saver(run, thread))
+            run.training_over = True
+            # A signal since the last step stops the run here, on all ranks.
+            if any(all_gather(m, bool(run.stop_requested))):
+                raise stopped(run)
+            finish(run)
+        except (Exception, KeyboardInterrupt) as e:
+            explained = explain(e)
+            if explained:
+                log(explained[0], show=False)
+            raise
 
 
 def check_machine(c, m, args):

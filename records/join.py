@@ -10,17 +10,13 @@ is printed. This works on files alone, and imports nothing of the script that wr
 
 import argparse
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
-
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from reading import (
@@ -36,8 +32,9 @@ from reading import (
     write_json,
 )
 
-# The name of a checkpoint is KIND-NUMBER.DIGEST.pt, where the digest is the beginning of its bytes' sha256. A
-# state is numbered by the model and the step that come next, as MODEL * STEPS + STEP.
+# A checkpoint is a file state-NUMBER.DIGEST.json, numbered by the model and the step that come next, as MODEL
+# * STEPS + STEP. Final weights are weights-MODEL.DIGEST.pt. A digest is the beginning of the sha256 of a
+# file's bytes. config.json states that of the rest of itself.
 STEPS = 10**7
 
 # The state of a finished run has a clock and no weights.
@@ -58,6 +55,10 @@ def check_numbers(content, *names, kind=int):
             raise TypeError(f"{name} is {value!r:.40}")
 
 
+def json_sha256(content):
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 class Chain:
     """A finished run that is to become a chain: what its files say."""
 
@@ -68,15 +69,17 @@ class Chain:
             raise Refused(f"{folder}: is not the folder of a finished run; finish one with: {resume}")
         try:
             self.stored = read_json(folder / "config.json")
-            require_keys(self.stored, "config", "data", "steps")
+            require_keys(self.stored, "config", "data", "steps", "sha256")
+            if self.stored.pop("sha256") != json_sha256(self.stored):
+                raise ValueError("config.json has another content than its sha256 says")
             self.config = self.stored["config"]
             require_keys(self.config, "seed", "members", "chains", "student")
             check_numbers(self.config, "seed", "members")
             if not 1 <= self.config["members"] <= MAX_MEMBERS:
                 raise ValueError(f"{self.config['members']} members")
             # The log ends where training did. What follows is the score of this chain alone.
-            state = read_state(folder)
-            self.progress = state["progress"]
+            self.state = read_state(folder)
+            self.progress = self.state["progress"]
             check_numbers(self.progress, "log_bytes", "ranks", "threads")
             check_numbers(self.progress, "seconds", "compile_seconds", kind=float)
             log = read_plain(folder / "log.txt", MAX_LOG_BYTES)[: self.progress["log_bytes"]]
@@ -90,7 +93,7 @@ class Chain:
         except (ValueError, KeyError, TypeError) as e:
             what = printable(f"{type(e).__name__}: {e}"[:200])
             raise Refused(f"{folder}: damaged, or of another kind of script ({what})")
-        if state["source"] != self.source_sha256:
+        if self.state["source"] != self.source_sha256:
             raise Refused(f"{folder}: its log and its checkpoint are of different scripts")
         if self.config["chains"] != 1 or self.config["student"]:
             raise Refused(f"{folder}: has chains or a student already")
@@ -123,29 +126,16 @@ class Chain:
 
 def read_state(folder):
     """The newest undamaged checkpoint of a run. KeyError or TypeError where there is none."""
-    paths = folder.glob("state-*.*.pt")
+    paths = folder.glob("state-*.*.json")
     for path in sorted(paths, key=lambda path: (len(path.name), path.name), reverse=True):
         data = read_plain(path, MAX_STATE_BYTES)
         if digest(data) != path.name.split(".")[-2]:
             continue
-        try:
-            state = load_small(data)
-        except Exception:
-            # What somebody made up can raise anything, under the right name as well.
-            continue
-        require_keys(state, "source", "progress")
+        state = read_json(path)
+        require_keys(state, "source", "recipe", "progress")
         require_keys(state["progress"], "seconds", "compile_seconds", "ranks", "threads", "log_bytes")
         return state
     raise KeyError("no undamaged checkpoint")
-
-
-def load_small(data):
-    """Tensors and numbers that torch.save() wrote. Raises anything where the bytes are something else."""
-    # It does not compress. What somebody else has compressed could unpack to any size.
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        if sum(entry.file_size for entry in archive.infolist()) > MAX_STATE_BYTES:
-            raise ValueError("unpacks to more than a state has")
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def check_chains(chains):
@@ -166,19 +156,20 @@ def write_run(chains, folder):
     first = chains[0]
     members = len(chains) * first.config["members"]
     config = first.config | {"members": members, "chains": len(chains)}
-    write_json(folder / "config.json", first.stored | {"config": config})
+    stored = first.stored | {"config": config}
+    write_json(folder / "config.json", stored | {"sha256": json_sha256(stored)})
 
     lines = [f"config {json.dumps(config)}", f"data {json.dumps(first.stored['data'])}"]
-    number = 0
+    weights = []
     for i, chain in enumerate(chains, 1):
         clock = chain.progress
         size = f"{clock['ranks']} rank(s), {clock['seconds']:.1f} s"
         lines.append(f"chain {i} of {len(chains)}: {size}, seed {chain.config['seed']}")
-        lines.append(chain.numbered_lines(number + 1))
+        lines.append(chain.numbered_lines(len(weights) + 1))
         for path in chain.weights:
             _, file_digest, _ = path.name.rsplit(".", 2)
-            shutil.copyfile(path, folder / f"weights-{number:07d}.{file_digest}.pt")
-            number += 1
+            weights.append(f"weights-{len(weights):07d}.{file_digest}.pt")
+            shutil.copyfile(path, folder / weights[-1])
     log = first.source_part + "\n".join([*lines, ""]).encode()
     (folder / "log.txt").write_bytes(log)
 
@@ -192,10 +183,9 @@ def write_run(chains, folder):
         "threads": max(clock["threads"] for clock in clocks),
         "log_bytes": len(log),
     }
-    buffer = io.BytesIO()
-    torch.save({"params": {}, "source": first.source_sha256, "progress": progress}, buffer)
-    data = buffer.getvalue()
-    (folder / f"state-{members * STEPS:07d}.{digest(data)}.pt").write_bytes(data)
+    state = first.state | {"progress": progress, "shards": [], "weights": weights}
+    data = json.dumps(state, indent=1).encode()
+    (folder / f"state-{members * STEPS:07d}.{digest(data)}.json").write_bytes(data)
     return members
 
 

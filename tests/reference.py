@@ -128,7 +128,7 @@ def environment(**changes):
 def weights_of(run):
     """Weights of all models of a run, under numbered names."""
     found = {}
-    for i, path in enumerate(t.saved(run, "weights")):
-        for name, w in t.load_tensors(path).items():
+    for i, path in enumerate(t.saved(run, t.WEIGHTS_FILE)):
+        for name, w in t.load_tensors(path)["params"].items():
             found[f"{i} {name}"] = w
     return found

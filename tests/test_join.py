@@ -1,16 +1,12 @@
 """records/join.py on run folders made by hand: what it makes of them, and what it refuses."""
 
 import hashlib
-import io
 import json
-import math
 import os
 import shutil
 import sys
-import zipfile
 
 import pytest
-import torch
 
 from conftest import ROOT
 
@@ -25,14 +21,17 @@ STEP = "step 1/1 epoch 1.000 loss 2.0000 lr 0.02 tok/s 1 time 1.0s left 0s"
 DATA = {"tokenizer": "bytes", "vocab_size": 257, "sha256": {"val.bin": "0", "train.bin": "1"}}
 
 
-def save(folder, kind, number, content):
-    """A checkpoint as training scripts write them. Returns its path."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    digest = hashlib.sha256(buffer.getvalue()).hexdigest()[:16]
-    path = folder / f"{kind}-{number:07d}.{digest}.pt"
-    path.write_bytes(buffer.getvalue())
-    return path
+def save(folder, name, data, ending):
+    """A file as training scripts write them: its name states its digest."""
+    digest = hashlib.sha256(data).hexdigest()[:16]
+    (folder / f"{name}.{digest}.{ending}").write_bytes(data)
+
+
+def write_config(run, stored):
+    """config.json, which states the digest of the rest of it."""
+    rest = {name: value for name, value in stored.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    (run / "config.json").write_text(json.dumps(rest | {"sha256": digest}))
 
 
 def make_run(folder, seed, members=1, seconds=10.0, ranks=1, source=SOURCE, word="eval", **config):
@@ -40,7 +39,7 @@ def make_run(folder, seed, members=1, seconds=10.0, ranks=1, source=SOURCE, word
     folder.mkdir()
     config = dict(track="pocket", seed=seed, members=members, chains=1, student="") | config
     stored = {"config": config, "data": DATA, "steps": None, "device": "auto"}
-    (folder / "config.json").write_text(json.dumps(stored))
+    write_config(folder, stored)
     (folder / "record.json").write_text("{}")
     header = f"==== source s.py bytes={len(source)} sha256={hashlib.sha256(source).hexdigest()}\n"
     lines = [f"config {json.dumps(config)}", f"data {json.dumps(DATA)}", "hardware: a machine"]
@@ -49,17 +48,19 @@ def make_run(folder, seed, members=1, seconds=10.0, ranks=1, source=SOURCE, word
         lines += [f"{member}{word} 1/2 val_loss 3.0000 on a part of validation", f"{member}{STEP}"]
         if members > 1:
             lines.append(f"member {k} done: val_loss 2.5000, the members so far together 2.4000")
-        save(folder, "weights", k - 1, {"w": torch.full((2,), seed + k / 10)})
+        save(folder, f"weights-{k - 1:07d}", f"of seed {seed}, member {k}".encode(), "pt")
     trained = header.encode() + source + b"\n==== end of source\n" + "\n".join([*lines, ""]).encode()
     progress = dict(
         seconds=seconds, compile_seconds=seconds / 10, ranks=ranks, threads=2, model=members, step=0
     )
     state = {
-        "params": {},
         "source": hashlib.sha256(source).hexdigest(),
+        "recipe": "of the script's own making",
         "progress": progress | {"log_bytes": len(trained)},
+        "shards": [],
+        "weights": [path.name for path in folder.glob("weights-*")],
     }
-    save(folder, "state", members * 10**7, state)
+    save(folder, f"state-{members * 10**7}", json.dumps(state).encode(), "json")
     score = b"val_loss 2.500000 nats per token, 3.6 bits per byte, 9 tokens scored\n"
     (folder / "log.txt").write_bytes(trained + score)
     return folder
@@ -88,18 +89,22 @@ def test_a_joined_run(chains, tmp_path, call):
     original = json.loads((chains[0] / "config.json").read_text())
     assert stored["config"] == original["config"] | {"members": 4, "chains": 2}
     assert stored["data"] == DATA and stored["device"] == "auto"
+    rest = {name: value for name, value in stored.items() if name != "sha256"}
+    assert stored["sha256"] == hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
     # The weights are those of the chains, one after the other, and unchanged.
     weights = sorted(run.glob("weights-*"))
     assert [path.name.split(".")[0] for path in weights] == [f"weights-{k:07d}" for k in range(4)]
-    values = [torch.load(path, weights_only=True)["w"][0].item() for path in weights]
-    assert values == pytest.approx([0.1, 0.2, 1.1, 1.2])
+    contents = [path.read_text() for path in weights]
+    assert contents == [f"of seed {seed}, member {k}" for seed in (0, 1) for k in (1, 2)]
 
     # The last state is that of a run which has trained everything and scored nothing.
     [path] = run.glob("state-*")
-    state = torch.load(path, weights_only=True)
-    assert path.name == f"state-40000000.{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.pt"
-    assert state["params"] == {} and state["source"] == hashlib.sha256(SOURCE).hexdigest()
+    state = json.loads(path.read_text())
+    assert path.name == f"state-40000000.{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.json"
+    assert state["source"] == hashlib.sha256(SOURCE).hexdigest()
+    assert state["recipe"] == "of the script's own making"  # it leaves out what joining changes
+    assert (state["shards"], state["weights"]) == ([], [path.name for path in weights])
     assert state["progress"] == {
         "model": 4,
         "step": 0,
@@ -144,7 +149,7 @@ def test_runs_of_one_model_and_of_an_older_script(tmp_path):
 
 def test_a_damaged_checkpoint_is_passed_over(chains, tmp_path):
     """As when training is resumed: the one before it counts."""
-    (chains[0] / "state-20000001.0123456789abcdef.pt").write_bytes(b"damaged")
+    (chains[0] / "state-20000001.0123456789abcdef.json").write_bytes(b"damaged")
     assert join.join(chains, tmp_path / "joined") == 4
 
 
@@ -161,6 +166,12 @@ def without_config(run):
 
 def damaged_config(run):
     (run / "config.json").write_text("{")
+
+
+def changed_config(run):
+    """One digit of it: it would be joined as something else than was trained."""
+    text = (run / "config.json").read_text()
+    (run / "config.json").write_text(text.replace('"steps": null', '"steps": 5'))
 
 
 def without_state(run):
@@ -181,30 +192,16 @@ def damaged_log(run):
     (run / "log.txt").write_text("==== source")
 
 
-def pickled_state(run):
-    """A pickle that would run code is not loaded, even under the right name."""
+def odd_state(run):
+    """Under the right name, something else."""
     without_state(run)
-
-    class Code:
-        def __reduce__(self):
-            return print, ("this must not run",)
-
-    save(run, "state", 2 * 10**7, Code())
+    save(run, f"state-{2 * 10**7}", b"[[]]", "json")
 
 
-def compressed_state(run):
-    """A kilobyte that unpacks to megabytes."""
+def large_state(run):
+    """More than any run has to say."""
     without_state(run)
-    bomb = io.BytesIO()
-    state = {"progress": {"log_bytes": 1}, "source": "", "x": torch.zeros(2**20)}
-    torch.save(state, bomb)
-    packed = io.BytesIO()
-    with zipfile.ZipFile(bomb) as stored, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in stored.namelist():
-            archive.writestr(name, stored.read(name))
-    assert len(packed.getvalue()) < 10_000
-    digest = hashlib.sha256(packed.getvalue()).hexdigest()[:16]
-    (run / f"state-20000000.{digest}.pt").write_bytes(packed.getvalue())
+    save(run, f"state-{2 * 10**7}", b" " * 2**20 + b"{}", "json")
 
 
 def piped_log(run):
@@ -221,24 +218,25 @@ def endless_weights(run):
 def change_state(run, **changes):
     """Put other content into the last state, under the digest that belongs to it."""
     (path,) = run.glob("state-*")
-    state = torch.load(path, weights_only=True)
+    state = json.loads(path.read_text())
     path.unlink()
-    progress = state["progress"] | changes
-    save(run, "state", 2 * 10**7, state | {"progress": progress})
+    state["progress"] |= changes
+    save(run, f"state-{2 * 10**7}", json.dumps(state).encode(), "json")
 
 
 def many_members(run):
-    path = run / "config.json"
-    path.write_text(path.read_text().replace('"members": 2', '"members": 100000000'))
+    stored = json.loads((run / "config.json").read_text())
+    stored["config"]["members"] = 10**8
+    write_config(run, stored)
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         dict(seconds="ten"),
-        dict(seconds=math.nan),
+        dict(seconds=-1.0),
         dict(compile_seconds=None),
-        dict(ranks=torch.ones(3)),
+        dict(ranks={}),
         dict(ranks=-1),
         dict(threads=1.5),
         dict(log_bytes=[]),
@@ -253,15 +251,16 @@ def test_a_state_with_the_right_digest_and_odd_content(chains, tmp_path, call, c
 @pytest.mark.parametrize(
     "spoil, words",
     [
-        (compressed_state, "no undamaged checkpoint"),
+        (large_state, "bytes"),
         (piped_log, "not a plain file"),
         (endless_weights, "not a plain file"),
         (many_members, "100000000 members"),
         (unfinished, "not the folder of a finished run"),
         (without_config, "config.json: No such file"),
         (damaged_config, "damaged"),
+        (changed_config, "another content"),
         (without_state, "no undamaged checkpoint"),
-        (pickled_state, "no undamaged checkpoint"),
+        (odd_state, "damaged"),
         (without_weights, "the weights of member 2 are missing or damaged"),
         (damaged_weights, "the weights of member 2 are missing or damaged"),
         (damaged_log, "damaged"),
@@ -293,8 +292,7 @@ def test_runs_that_do_not_fit(chains, tmp_path, call, change, words):
 
 def test_a_trial_beside_a_run(chains, tmp_path, call):
     """--steps must be the same for both."""
-    path = chains[1] / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"steps": 5}))
+    write_config(chains[1], json.loads((chains[1] / "config.json").read_text()) | {"steps": 5})
     argv = [*chains, "--run_dir", tmp_path / "joined"]
     assert_refused(call, tmp_path, argv, [str(chains[1]), "differs from"])
 

@@ -1,5 +1,8 @@
 """The optimizer against plain references, and the schedules."""
 
+import copy
+import itertools
+
 import pytest
 import torch
 
@@ -156,27 +159,39 @@ def test_learning_rates_are_the_tables(exact):
 
 
 def test_state_goes_from_any_number_of_ranks_to_any_other():
-    """state_dict of one rank, cut into the shards of three, is what three ranks hold; put together it is the
-    same again."""
+    """Weights, moments and average of one rank, of three and of two: each holds its shard of the moments and
+    all of the rest, and put together it is the same again."""
     c = config(**EVERY_PARAMETER)
 
-    def optimizer_of(rank, world_size):
-        p = {name: torch.zeros(shape) for name, shape in t.param_shapes(c).items()}
-        return t.MuonAdamW(p, c, t.Machine(torch.device("cpu"), torch.float32, rank, world_size))
+    def zeros():
+        return {name: torch.zeros(shape) for name, shape in t.param_shapes(c).items()}
 
-    one = optimizer_of(0, 1)
-    for state in one.state.values():
-        for x in state:
-            x.copy_(torch.randn(x.shape))
-    full = one.state_dict()
-    shards = [optimizer_of(rank, 3) for rank in range(3)]
-    for optimizer in shards:
-        optimizer.load_state_dict(full)
-    for name in full:
-        for i in range(2):
-            together = torch.cat([optimizer.state[name][i] for optimizer in shards])
-            n = len(full[name][i])
-            assert torch.equal(together[:n], full[name][i]) and not together[n:].any()
+    def ranks_of(world_size):
+        for rank in range(world_size):
+            m = t.Machine(torch.device("cpu"), torch.float32, rank, world_size)
+            yield t.MuonAdamW(zeros(), c, m), zeros()
+
+    [(one, ema)] = ranks_of(1)
+    for x in [*one.p.values(), *ema.values(), *itertools.chain(*one.state.values())]:
+        x.copy_(torch.randn(x.shape))
+    shards = [one.state_dict(ema)]
+    expected = copy.deepcopy(shards[0])
+    for x in [*one.p.values(), *ema.values(), *itertools.chain(*one.state.values())]:
+        x.zero_()  # a later step does not change what was saved
+    for world_size in (3, 2, 4, 1):
+        ranks = list(ranks_of(world_size))
+        for optimizer, ema in ranks:
+            optimizer.load_state_dict(shards, ema)
+        shards = [optimizer.state_dict(ema) for optimizer, ema in ranks]
+        for name, kinds in expected.items():
+            for kind, items in kinds.items():
+                assert torch.equal(torch.cat([shard[name][kind] for shard in shards]), items)
+            for i, kind in enumerate(("first", "second")):
+                together = torch.cat([optimizer.state[name][i] for optimizer, _ in ranks])
+                assert len(together) < len(kinds[kind]) + world_size
+            for optimizer, ema in ranks:
+                assert torch.equal(optimizer.p[name].flatten(), kinds["w"].flatten())
+                assert torch.equal(ema[name].flatten(), kinds["ema"].flatten())
 
 
 def test_matrices_are_seen_one_by_one():

@@ -55,8 +55,8 @@ all_reduce = t.all_reduce
 
 def noted(m, tensor):
     out = all_reduce(m, tensor)
-    if m.is_main and tensor.dim() == 1 and len(tensor) > 1:  # of a step: its losses, and the stop
-        print(*map(repr, out[:-1].tolist()), file=losses_of, flush=True)
+    if m.is_main and tensor.dim() == 1 and len(tensor) > 1:  # of a step: its losses, and two flags
+        print(*map(repr, out[:-2].tolist()), file=losses_of, flush=True)
     return out
 
 t.all_reduce = noted
@@ -138,10 +138,14 @@ def test_two_ranks_train_the_same_model(train, one):
     assert all(a[name] == b[name] for name in ("tokens_seen", "train_flops", "parameters", "steps"))
 
 
-def test_eight_ranks_stop_and_fewer_go_on(train, one):
-    """The checkpoint of eight ranks in the first member is continued by four, theirs in the second by one."""
-    for n_ranks, until in ((8, "\nmember 1 step 5/"), (4, "\nmember 2 step 4/")):
-        run, process = train("fewer", n_ranks, resume=n_ranks < 8)
+@pytest.mark.parametrize("numbers", [(8, 4, 1), (1, 2, 4)])
+def test_stopped_and_continued_on_another_number_of_ranks(train, one, numbers):
+    """A checkpoint in the first member is continued by another number of ranks, theirs in the second by a
+    third. Of the first stop's checkpoint the last rank's file is damaged: all go back to the one before."""
+    name = "_".join(map(str, numbers))
+    for i, until in enumerate(("\nmember 1 step 7/", "\nmember 2 step 4/")):
+        n_ranks = numbers[i]
+        run, process = train(name, n_ranks, resume=i > 0)
         log = run / "log.txt"
         limit = time.monotonic() + 300
         while not (log.exists() and until in log.read_text()):
@@ -150,10 +154,54 @@ def test_eight_ranks_stop_and_fewer_go_on(train, one):
         process.terminate()  # passed on to the ranks
         _, err = process.communicate(timeout=120)
         assert f"; {n_ranks} rank(s)" in log.read_text() and not (run / "record.json").exists(), err
-    finish(train("fewer", 1, resume=True))
-    assert len(re.findall(r"^resumed at step", log.read_text(), re.MULTILINE)) == 2
-    assert json.loads((run / "record.json").read_text())["ranks"] == 8  # the most that any part of it had
+        newest = t.read_index(t.saved(run, t.INDEX_FILE)[-1])
+        assert len(newest["shards"]) == n_ranks
+        if i == 0:
+            assert newest["progress"]["step"] > 5
+            damaged = run / newest["shards"][-1]
+            damaged.write_bytes(damaged.read_bytes()[:-1])
+            lines = run.with_suffix(".losses").read_text().splitlines(keepends=True)
+            run.with_suffix(".losses").write_text("".join(lines[:5]))
+    finish(train(name, numbers[-1], resume=True))
+    resumed = re.findall(r"^resumed at step (\d+) of model (\d+)", log.read_text(), re.MULTILINE)
+    assert len(resumed) == 2 and resumed[0] == ("5", "1")
+    assert json.loads((run / "record.json").read_text())["ranks"] == max(numbers)
     assert_same_model(run, one)
+
+
+FULL = (
+    """
+import errno, os
+import train_gpt as t
+"""
+    + QUICK_END
+    + """
+write_tensors = t.write_tensors
+
+def full(path, content):
+    if path.name == "state-0000010.1of2":
+        with t.writing(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+    return write_tensors(path, content)
+
+t.write_tensors = full
+t.main()
+"""
+)
+
+
+def test_the_disk_of_one_rank_is_full(tiny_data, tmp_path):
+    """All ranks stop, the first says why, and the checkpoint before is what is left."""
+    run = tmp_path / "run"
+    (tmp_path / "full.py").write_text(FULL)
+    recipe = options(**TINY | dict(train_tokens=8000), data=tiny_data)
+    argv = [*torchrun(2), str(tmp_path / "full.py"), *recipe, "--run_dir", str(run), *PLAIN]
+    done = subprocess.run(argv, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if line.startswith("train_gpt.py: ")]
+    assert len(said) == 1 and "1of2: cannot be written (No space left" in said[0], done.stderr
+    assert [t.number_of(path) for path in t.saved(run, t.INDEX_FILE)] == [5]
+    assert all(t.is_whole(path) for path in t.saved(run, t.SHARD_FILE))
 
 
 LOST = (
@@ -220,7 +268,7 @@ def test_the_tiny_track_cut_down(tiny_data, tmp_path):
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
-    assert len(t.saved(run, "state")) == 1
+    assert len(t.saved(run, t.INDEX_FILE)) == 1
     resume = [*torchrun(2), "train_gpt.py", "--resume", str(run)]
     done = subprocess.run(resume, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -7,14 +7,17 @@ import copy
 import dataclasses
 import errno
 import functools
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +38,7 @@ from runs import (
     record_of,
     resume,
     start,
+    stop_at,
     wait_for,
 )
 
@@ -63,7 +67,7 @@ def assert_same_end(run, undisturbed):
     assert (run / "val_nll.npy").read_bytes() == (undisturbed / "val_nll.npy").read_bytes()
     assert told(run) == told(undisturbed)
     assert metrics_of(run) == metrics_of(undisturbed)
-    (state,) = t.saved(run, "state")
+    (state,) = t.saved(run, t.INDEX_FILE)
     assert state.stat().st_size < 5000  # what is left holds the clock and no weights
     assert not list(run.glob("*.tmp"))
 
@@ -83,13 +87,15 @@ def test_resumed_as_it_was_started(tiny_data, finished_run, tmp_path):
     start. The most threads that any part had go into the record, for the track's limit."""
     run = tmp_path / "run"
     process = start(tiny_data, run)
-    wait_for(lambda: t.saved(run, "state") and t.saved(run, "state")[-1].name >= "state-0000010", process)
+    wait_for(
+        lambda: t.saved(run, t.INDEX_FILE) and t.saved(run, t.INDEX_FILE)[-1].name >= "state-0000010", process
+    )
     process.kill()
-    path = t.saved(run, "state")[-1]
-    state = t.load_tensors(path)
+    path = t.saved(run, t.INDEX_FILE)[-1]
+    state = t.read_index(path)
     path.unlink()
     state["progress"]["threads"] += 7  # as if the first part had run on a larger machine
-    t.save_tensors(run, "state", state["progress"]["step"], state)
+    t.write_json(run / f"state-{state['progress']['step']:07d}", state, "json")
     status, _, err = run_main("--resume", run)
     assert status == 0, err
     assert "compiled: no" in (run / "log.txt").read_text().split("resumed at step")[1]
@@ -98,13 +104,11 @@ def test_resumed_as_it_was_started(tiny_data, finished_run, tmp_path):
 
 
 def test_checkpoints_of_many_members(tmp_path):
-    """Of a chain's eleventh member, too, the newest is the last in the list; another one of the same number
-    takes its place."""
+    """Of a chain's eleventh member, too, the newest is the last in the list."""
     for number in (10**8 + 100, 9 * 10**7 + 200, 10**8):
-        for content in (0, number):
-            t.save_tensors(tmp_path, "state", number, {"step": torch.tensor(content)})
-    steps = [int(t.load_tensors(path)["step"]) for path in t.saved(tmp_path, "state")]
-    assert steps == [9 * 10**7 + 200, 10**8, 10**8 + 100]
+        t.write_json(tmp_path / f"state-{number:07d}", number, "json")
+    numbers = [json.loads(path.read_text()) for path in t.saved(tmp_path, t.INDEX_FILE)]
+    assert numbers == [9 * 10**7 + 200, 10**8, 10**8 + 100]
 
 
 def test_two_runs_that_took_one_name(tiny_data, finished_run, tmp_path):
@@ -243,7 +247,7 @@ def test_ctrl_c_without_a_terminal(tiny_data, finished_run, tmp_path, monkeypatc
     with monkeypatch.context() as patch, lost_terminal("closed pipe"):
         patch.setattr(t, "train_step", step)
         status = in_this_process(t.main, [ROOT / "train_gpt.py", *recipe, "--run_dir", run, *PLAIN])
-    assert status == 130 and [path.name[:13] for path in t.saved(run, "state")] == ["state-0000004"]
+    assert status == 130 and [path.name[:13] for path in t.saved(run, t.INDEX_FILE)] == ["state-0000004"]
     assert run_main("--resume", run)[0] == 0
     assert_same_end(run, finished_run)
 
@@ -299,17 +303,17 @@ def test_a_disk_that_fails(tiny_data, tmp_path, monkeypatch, after, remedy):
     names = []
     write_file = t.write_file
 
-    def noted(path, data):
+    def noted(path, *args):
         names.append(path.name)
-        if sum(name.startswith("state-") for name in names) == after:
+        if sum(name.endswith(".0of1") for name in names) == after:
             monkeypatch.setattr(os, "fsync", fails(errno.EIO))
-        write_file(path, data)
+        return write_file(path, *args)
 
     monkeypatch.setattr(t, "write_file", noted)
     status, _, err = run_main(*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN)
     assert status == 1 and err.count("\n") == 1
     assert "cannot be written (Input/output error)" in err and str(run) in err and remedy in err
-    assert len(t.saved(run, "state")) == after - 1 and not list(run.glob("*.tmp"))
+    assert len(t.saved(run, t.INDEX_FILE)) == after - 1 and not list(run.glob("*.tmp"))
 
 
 def test_out_of_memory(tiny_data, tmp_path):
@@ -378,7 +382,7 @@ def test_a_score_follows_the_data_and_the_machine(tiny_data, tmp_path):
 
 
 ENDS = [
-    ("save_tensors", lambda folder, kind, *args: kind == "weights"),
+    ("save_weights", lambda *args: True),
     ("run_nll", lambda *args: True),
     ("from_prepare", lambda *args: True),
 ]
@@ -465,14 +469,14 @@ def test_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path):
     status, _, err = run_main(*recipe, "--run_dir", run, *PLAIN)
     assert status == 1 and err.count("\n") == 1 and "step " in err and "finite" in err
     assert "checkpoint" in err and not (run / "record.json").exists()
-    for path in t.saved(run, "state"):
-        assert all(w.isfinite().all() for w in t.load_tensors(path)["params"].values())
+    for path in t.saved(run, t.SHARD_FILE):
+        assert all(w.isfinite().all() for kinds in t.load_tensors(path).values() for w in kinds.values())
 
 
 def test_config_that_lacks_an_entry(finished_run, tmp_path):
-    """Each of them, one at a time. `trial` is not in the oldest runs."""
+    """Each of them, one at a time."""
     stored = json.loads((finished_run / "config.json").read_text())
-    for name in stored.keys() - {"trial"}:
+    for name in stored:
         rest = {other: value for other, value in stored.items() if other != name}
         (tmp_path / "config.json").write_text(json.dumps(rest))
         status, _, err = run_main("--resume", tmp_path)
@@ -520,7 +524,9 @@ BAD_ENTRIES = [
 @pytest.mark.parametrize("command", ["--score", "--resume"])
 def test_a_config_that_somebody_made_up(finished_run, tmp_path, command, path, value, named):
     stored = json.loads((finished_run / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(with_entry(stored, path, value)))
+    del stored["sha256"]
+    stored = with_entry(stored, path, value)
+    t.write_json(tmp_path / "config.json", stored | {"sha256": t.json_sha256(stored)})
     rest = ["--tokens", "x.npy", "--nll", tmp_path / "o.npy"] if command == "--score" else []
     assert_one_line(run_main(command, tmp_path, *rest), tmp_path / "config.json", named)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
@@ -545,10 +551,11 @@ def assert_one_line(result, *named):
 def test_weights_that_are_not_numbers(tiny_data, tmp_path):
     """No score is made of NaN."""
     run = train_tiny(tiny_data, tmp_path / "run", "--steps", 2)
-    (path,) = t.saved(run, "weights")
-    p = t.load_tensors(path)
-    p["lm_head"][5, 5] = math.nan
-    t.save_tensors(run, "weights", 0, p)
+    (path,) = t.saved(run, t.WEIGHTS_FILE)
+    stored = t.load_tensors(path)
+    stored["params"]["lm_head"][5, 5] = math.nan
+    path.unlink()
+    t.write_tensors(run / "weights-0000000", stored)
     out = tmp_path / "nll.npy"
     argv = ("--score", run, "--tokens", tiny_data / "val.bin", "--nll", out, *PLAIN)
     assert_one_line(run_main(*argv), run, "NaN")
@@ -613,6 +620,158 @@ def test_a_steps_line_has_the_cross_entropy_alone(tiny_data, tmp_path, monkeypat
             ce = torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=-1)
             assert f" loss {ce:.4f} " in line
         assert [sum(f" {name} " in line for name in ("loss", "mtp", "kl")) for line in lines] == [2, 3]
+
+
+# ---- checkpoints
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tiny_data, finished_run, tmp_path, monkeypatch, path):
+    """The thread that writes the first one waits for steps to come, as if the disk were slow. It writes what
+    was at the fifth step, and the run is the same."""
+    go = threading.Event()
+    seen = []
+    train_step = t.train_step
+    write_tensors = t.write_tensors
+
+    def counted(p, optimizer, model, step, *args):
+        if step == 9:
+            go.set()
+        return train_step(p, optimizer, model, step, *args)
+
+    def slow(path_of_file, content):
+        if path_of_file.name.startswith("state-0000005"):
+            seen.append(go.wait(60))
+            seen.extend(torch.equal(content[name]["w"], w.flatten()) for name, w in vectors(path[4]))
+        return write_tensors(path_of_file, content)
+
+    def vectors(p):
+        return [(name, w) for name, w in p.items() if t.param_table(config())[name].optimizer == "adamw"]
+
+    monkeypatch.setattr(t, "train_step", counted)
+    monkeypatch.setattr(t, "write_tensors", slow)
+    run = train_tiny(tiny_data, tmp_path / "run")
+    assert len(seen) > 3 and all(seen)
+    assert_same_end(run, finished_run)
+
+
+BREAKS = {
+    "while a shard is written": ("write_tensors", "state-0000015"),
+    "between shard and index": ("write_json", "state-0000015"),
+    "between index and removal": ("remove_states", "state-0000015"),
+}
+
+
+@pytest.mark.parametrize("function, name", BREAKS.values(), ids=BREAKS)
+def test_a_disk_that_fills_up_during_a_save(tiny_data, finished_run, tmp_path, monkeypatch, function, name):
+    """In the thread that writes, at the third checkpoint: one line that says so, and on disk what was whole.
+    What the save has left is gone after --resume, and nothing else is."""
+    run = tmp_path / "run"
+    intact = getattr(t, function)
+
+    def full(path, *args):
+        if path.name in (name, f"{name}.0of1") or (function == "remove_states" and args[-1] == 15):
+            with t.writing(run / name):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return intact(path, *args)
+
+    monkeypatch.setattr(t, function, full)
+    status, _, err = run_main(*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN)
+    assert status == 1 and err.count("\n") == 1 and "No space left" in err and "--resume" in err
+    newest = 15 if function == "remove_states" else 10
+    assert t.number_of(t.saved(run, t.INDEX_FILE)[-1]) == newest
+    assert any("0000015" in shard.name for shard in t.saved(run, t.SHARD_FILE)) == (
+        function != "write_tensors"
+    )
+    monkeypatch.undo()
+    for left in ("state-0000015.0of1.tmp", "weights-0000000.tmp", "config.json.tmp", "draft.tmp"):
+        (run / left).write_text("half")
+    assert run_main("--resume", run)[0] == 0
+    assert f"resumed at step {newest}" in (run / "log.txt").read_text()
+    (run / "draft.tmp").unlink()  # the user's own; none of the others is left
+    assert_same_end(run, finished_run)
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tiny_data, tmp_path_factory):
+    """A run that lacks its last steps."""
+    run = tmp_path_factory.mktemp("runs") / "stopped"
+    argv = [*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN]
+    assert stop_at(11, signal.SIGTERM, run, argv) == 130
+    return run
+
+
+@pytest.mark.parametrize("field", ["softcap", "score_stride", "window_short", "members", "muon_lr"])
+@pytest.mark.parametrize("which", ["finished_run", "stopped_run"])
+def test_a_bit_of_the_config_that_flips(request, tiny_data, tmp_path, which, field):
+    """Each bit of the value that a field has: the config is refused, or is still the same. Of one of them, by
+    the command line."""
+    run = shutil.copytree(request.getfixturevalue(which), tmp_path / "run")
+    path = run / "config.json"
+    data = path.read_bytes()
+    stored = t.read_run(run)
+    found = re.search(rf'"{field}": ([^,]+),'.encode(), data)
+    for at, bit in itertools.product(range(*found.span(1)), range(8)):
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << bit
+        path.write_bytes(flipped)
+        with contextlib.suppress(t.UserError):
+            assert t.read_run(run) == stored
+    before = {file: file.read_bytes() for file in run.iterdir()}
+    path.write_bytes(data.replace(found[0], found[0].replace(found[1], b"2")))
+    score = ("--score", run, "--tokens", tiny_data / "val.bin", "--nll", tmp_path / "nll.npy")
+    for argv in (score, ("--resume", run)):
+        status, out, err = run_main(*argv, *PLAIN)
+        assert (status, out, err.count("\n")) == (2, "", 1) and "config.json" in err
+    path.write_bytes(data)
+    assert {file: file.read_bytes() for file in run.iterdir()} == before | {path: data}
+    assert not (tmp_path / "nll.npy").exists()
+
+
+@pytest.mark.parametrize("which", ["finished_run", "stopped_run"])
+def test_the_config_of_another_run(request, tiny_data, tmp_path, which):
+    """It is whole, but neither the weights nor the checkpoint are of that recipe."""
+    run = shutil.copytree(request.getfixturevalue(which), tmp_path / "run")
+    other = train_tiny(tiny_data, tmp_path / "other", softcap=30.0, epochs=0.1)
+    shutil.copy(other / "config.json", run)
+    (run / "record.json").unlink(missing_ok=True)
+    score = ("--score", run, "--tokens", tiny_data / "val.bin", "--nll", tmp_path / "nll.npy")
+    for argv in (score, ("--resume", run)):
+        status, out, err = run_main(*argv, *PLAIN)
+        assert (status, err.count("\n")) == (2, 1) and str(run) in err
+    assert not (tmp_path / "nll.npy").exists()
+
+
+@pytest.mark.parametrize("what", ["damaged", "gone"])
+def test_a_finished_run_without_its_checkpoint(finished_run, tmp_path, what):
+    """It is finished, as before. It cannot grow, and is not trained from nothing."""
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (path,) = t.saved(run, t.INDEX_FILE)
+    if what == "damaged":
+        path.write_bytes(path.read_bytes().replace(b"seconds", b"minutes"))
+    else:
+        path.unlink()
+    before = {file: file.read_bytes() for file in run.iterdir()}
+    for words, said in ((), "is finished"), (("--members", 2), "no checkpoint that is whole"):
+        status, _, err = run_main("--resume", run, *words, *PLAIN)
+        assert status == 2 and said in err.splitlines()[-1] and err.count("\n") <= 2
+    (run / "record.json").unlink()
+    assert run_main("--resume", run, *PLAIN)[0] == 2
+    assert {file: file.read_bytes() for file in run.iterdir()} == {
+        file: data for file, data in before.items() if file.name != "record.json"
+    }
+
+
+def test_weights_that_are_not_the_runs_own(tiny_data, finished_run, second_seed, tmp_path):
+    """Two files of one number, then another run's file alone: nobody can say which was meant."""
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    (own,), (other,) = (t.saved(path, t.WEIGHTS_FILE) for path in (run, second_seed))
+    shutil.copy(other, run)
+    score = ("--score", run, "--tokens", tiny_data / "val.bin", "--nll", tmp_path / "nll.npy")
+    status, _, err = run_main(*score, *PLAIN)
+    assert (status, err.count("\n")) == (2, 1) and own.name in err and other.name in err
+    own.unlink()
+    status, _, err = run_main("--resume", run, "--members", 2, *PLAIN)
+    assert (status, err.count("\n")) == (2, 1) and own.name in err
 
 
 # ---- several models in one run
@@ -691,7 +850,7 @@ def test_a_killed_chain_ends_as_if_it_had_not_been(tiny_data, chain, tmp_path, w
     log = run / "log.txt"
     wait_for(lambda: log.exists() and texts[when] in log.read_text(), process)
     process.kill()
-    before = {path: path.stat().st_mtime_ns for path in t.saved(run, "weights")}
+    before = {path: path.stat().st_mtime_ns for path in t.saved(run, t.WEIGHTS_FILE)}
     assert len(before) >= 2
     status, _, err = resume(run)
     assert status == 0, err
@@ -699,7 +858,7 @@ def test_a_killed_chain_ends_as_if_it_had_not_been(tiny_data, chain, tmp_path, w
     # Killed between two, the newest may be saved once more, as it was.
     kept = list(before.items())[: 1 if when == "between two" else 2]
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in kept)
-    assert set(before) <= set(t.saved(run, "weights"))
+    assert set(before) <= set(t.saved(run, t.WEIGHTS_FILE))
 
 
 KILLS = (
@@ -722,6 +881,18 @@ def lines():
 def states():
     return sorted({path.name.split(".")[0] for path in run.glob("*-*.pt")})
 
+def without_index():
+    indexes = [path.name.split(".")[0] for path in run.glob("state-*.json")]
+    return any(path.name.split(".")[0] not in indexes for path in run.glob("state-*.pt"))
+
+write_index = t.Saver.write_index
+
+def later(self):  # so that some kills come between shard and index
+    time.sleep(0.02)
+    write_index(self)
+
+t.Saver.write_index = later
+
 while True:
     child = os.fork()
     if not child:
@@ -741,7 +912,7 @@ while True:
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     n_killed += 1
-    print(*states(), flush=True)
+    print(*states(), "without index" if without_index() else "", flush=True)
 """
 )
 
@@ -756,6 +927,7 @@ def test_thirty_kills_over_a_chain(tiny_data, chain, tmp_path):
     seen = done.stdout.splitlines()
     assert done.returncode == 0 and len(seen) == 30, done.stderr
     assert len(set(seen)) > 8  # it came forward between the kills
+    assert any("without index" in line for line in seen)
     assert sum("weights-0000001" in line for line in seen) > 2  # and was killed late, too
     assert_same_end(run, chain)
 
@@ -810,22 +982,24 @@ def test_a_student_learns_from_each_in_turn(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(t, "train_pass", noted)
     recipe = dict(members=3, distill_alpha=0.4, student="distill_alpha=0.9", teacher_switch_every=4)
     run = train_tiny(tiny_data, tmp_path / "run", "--steps", 11, device_tokens=512, **recipe)
-    sums = [float(t.load_tensors(path)["lm_head"].sum()) for path in t.saved(run, "weights")]
+    sums = [float(t.load_tensors(path)["params"]["lm_head"].sum()) for path in t.saved(run, t.WEIGHTS_FILE)]
     of_the_student = [sums[0]] * 4 + [sums[1]] * 4 + [sums[2]] * 3
     assert seen == [None] * 11 + [sums[0]] * 11 + [sums[1]] * 11 + of_the_student
     # The same run as it was before the student's seventh step.
     seen.clear()
     (run / "record.json").unlink()
-    t.saved(run, "weights")[-1].unlink()
-    (path,) = t.saved(run, "state")
-    progress = t.load_tensors(path)["progress"]
+    t.saved(run, t.WEIGHTS_FILE)[-1].unlink()
+    (path,) = t.saved(run, t.INDEX_FILE)
+    state = t.read_index(path)
     path.unlink()
     c, _, _ = t.read_run(run)
     p = t.init_params(c)
     optimizer = t.MuonAdamW(p, c, t.Machine(torch.device("cpu"), torch.float32))
-    progress |= {"model": 3, "step": 6, "log_bytes": (run / "log.txt").stat().st_size}
-    state = {"params": p, "optimizer": optimizer.state_dict(), "ema": {}, "progress": progress}
-    t.save_tensors(run, "state", 3 * 10**7 + 6, state | {"source": t.SOURCE_SHA256})
+    state["progress"] |= {"model": 3, "step": 6, "log_bytes": (run / "log.txt").stat().st_size}
+    shard = t.write_tensors(run / "state-30000006.0of1", optimizer.state_dict())
+    t.write_json(
+        run / "state-30000006", state | {"shards": [shard.name], "weights": state["weights"][:3]}, "json"
+    )
     assert run_main("--resume", run, *PLAIN)[0] == 0
     assert seen == of_the_student[6:]
 
@@ -847,7 +1021,7 @@ def test_warm_start(tiny_data, tmp_path, change, warm):
     run = train_tiny(tiny_data, tmp_path / "run", "--steps", 2, **recipe)
     c, _, _ = t.read_run(run)
     c_student = t.model_configs(c)[-1]
-    _, last, student = (t.load_tensors(path) for path in t.saved(run, "weights"))
+    _, last, student = (t.load_tensors(path)["params"] for path in t.saved(run, t.WEIGHTS_FILE))
     begun = last if warm else t.init_params(c_student)
     assert student.keys() == t.param_shapes(c_student).keys()
     assert all(torch.equal(w, begun[name]) for name, w in student.items())
@@ -867,8 +1041,8 @@ def test_a_student_can_come_later(tiny_data, chain, tmp_path):
 
 
 def flat_weights(run):
-    paths = t.saved(run, "weights")
-    return [torch.cat([w.flatten() for w in t.load_tensors(path).values()]) for path in paths]
+    paths = t.saved(run, t.WEIGHTS_FILE)
+    return [torch.cat([w.flatten() for w in t.load_tensors(path)["params"].values()]) for path in paths]
 
 
 def test_chains_within_one_run(tiny_data, tmp_path):
