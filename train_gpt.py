@@ -1636,8 +1636,10 @@ def json_sha256(content):
 
 
 def recipe_sha256(c):
-    """Of what a model's weights depend on. A run may grow, join others, and follow its data elsewhere."""
-    return json_sha256(dataclasses.asdict(dataclasses.replace(c, data="", members=1, chains=1, student="")))
+    """Of what a model's weights depend on. A run may grow, join others, and move to another machine."""
+    changing = ("members", "chains", "student", *PLACE_OPTIONS)
+    values = dataclasses.asdict(c).items()
+    return json_sha256({name: value for name, value in values if name not in changing})
 
 
 # A checkpoint is an index, state-NUMBER.DIGEST.json, and the files that it names, one of each rank,
@@ -2293,7 +2295,7 @@ def seconds_left(plan, step, seconds_per_flop, m):
         n_evals = c.evals * (1 - step / n_steps)
         eval_flops = c.eval_windows * c.seq_len * flops_per_token(c, phase_schedule(1.0, c))
         seconds += (sum(model.step_flops[step:]) + n_evals * eval_flops) * seconds_per_flop
-        n_saves = (n_steps - step - 1) // c.save_every
+        n_saves = (n_steps - 1) // c.save_every - step // c.save_every
         seconds += n_saves * shard_size(model, m) * COPY_SECONDS_PER_GB
         seconds += 4e-9 * n_params(c) * SAVE_SECONDS_PER_GB  # the final weights, by the first rank
         step = 0

@@ -42,18 +42,20 @@ def made_up_plan(c):
 
 def test_seconds_left_are_those_of_steps_evaluations_and_checkpoints(monkeypatch):
     """Of two members, from a step of the first on, added up by hand."""
-    monkeypatch.setattr(t, "memory_estimate", lambda *args: {"weights": 2.0, "optimizer": 1.0})
-    monkeypatch.setattr(t, "SAVE_SECONDS_PER_GB", 1000.0)
+    monkeypatch.setattr(t, "memory_estimate", lambda *args: {"optimizer": 1.0})
+    monkeypatch.setattr(t, "n_params", lambda c: 10**9)
+    monkeypatch.setattr(t, "COPY_SECONDS_PER_GB", 1000.0)
+    monkeypatch.setattr(t, "SAVE_SECONDS_PER_GB", 10.0)
     c = config(members=2, loop_times=1, epochs=1.0, evals=4, eval_windows=5, save_every=10, ema=0.0)
     (first, second), m = made_up_plan(c)
-    m.world_size = 2  # whose shards of the optimizer's state are all saved
+    m.world_size = 2  # each copies its share of the weights, 2 GB, and its state of the optimizer
     assert first.batches.steps == 39
     forward = t.flops_per_token(c, t.phase_schedule(1.0, c))
     evaluation = 5 * c.seq_len * forward
     of_first = sum(first.step_flops[13:]) + 4 * 26 / 39 * evaluation
     of_second = second.train_flops + 4 * evaluation
-    saves = (1 + 2) + (1 + 3)  # after every tenth step, and the last one
-    expected = 1e-6 * (of_first + of_second) + saves * 4 * 1000.0
+    saves = 2 + 3  # after every tenth step; after the last one, the final weights of 4 GB are written
+    expected = 1e-6 * (of_first + of_second) + saves * 3 * 1000.0 + 2 * 4 * 10.0
     assert t.seconds_left([first, second], 13, 1e-6, m) == pytest.approx(expected, rel=1e-12)
 
 
