@@ -2057,6 +2057,7 @@ class Log:
         self.n_told = 0  # of MISSING
         if not m.is_main:
             return
+        require(not self.path.is_symlink(), f"{self.path}: is a link, and what it leads to is not the run's")
         with writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "ab")
@@ -2086,6 +2087,9 @@ class Log:
     def cut(self, length):
         """Drop what was logged after the checkpoint from which a run is resumed: the log reads as one."""
         if self.file:
+            size = self.path.stat().st_size
+            remedy = "restore what the run has logged, or begin a new run"
+            require(size >= length, f"{self.path}: lacks its end, {size:,} bytes of {length:,}; {remedy}")
             with writing(self.path):
                 self.file.truncate(length)
 
@@ -2918,6 +2922,7 @@ def parse_args(argv):
     exists = args.run_dir and (args.run_dir / "config.json").exists()
     if exists and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         # torchrun starts the same command again after a rank was lost.
+        check_same_run(given, args)
         given = {}
         args.resume = args.run_dir
         args.run_dir = None
@@ -2928,6 +2933,17 @@ def parse_args(argv):
         require(is_free(args.run_dir), f"--run_dir {args.run_dir}: is not empty; {remedy}")
     check_combination(given, args)
     return given, args
+
+
+def check_same_run(given, args):
+    """The run that is to go on is the one that this command began, not one that had the name before it."""
+    stored, _, _ = read_run(args.run_dir)
+    found = ["vocab_size", "bos_id", "dtype"]  # what the data and the machine decided
+    if args.fit:
+        found.append("epochs")
+    for name, value in dataclasses.asdict(make_config(given)).items():
+        same = name in found or value == getattr(stored, name)
+        require(same, f"--run_dir {args.run_dir}: holds a run of another --{name}; name a new folder")
 
 
 def check_combination(given, args):

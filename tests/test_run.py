@@ -775,6 +775,39 @@ def test_weights_that_are_not_the_runs_own(tiny_data, finished_run, second_seed,
     assert (status, err.count("\n")) == (2, 1) and own.name in err
 
 
+@pytest.mark.parametrize("what", ["cut", "gone", "a link"])
+def test_a_log_that_is_not_whole(stopped_run, tmp_path, what):
+    """Nothing is padded, nothing is written through a link, and the checkpoint stays as it is."""
+    run = shutil.copytree(stopped_run, tmp_path / "run")
+    log = run / "log.txt"
+    data = log.read_bytes()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(data)
+    if what == "cut":
+        log.write_bytes(data[:-2000])
+    else:
+        log.unlink()
+    if what == "a link":
+        log.symlink_to(elsewhere)
+    (newest,) = t.saved(run, t.INDEX_FILE)[-1:]
+    status, _, err = run_main("--resume", run, *PLAIN)
+    assert (status, err.count("\n")) == (2, 1) and str(log) in err
+    assert newest.exists() and elsewhere.read_bytes() == data
+    assert what == "a link" or b"\0" not in log.read_bytes()
+
+
+def test_torchrun_goes_on_with_the_run_that_it_began_alone(tiny_data, stopped_run, tmp_path, monkeypatch):
+    """Somebody else's run in that folder is left alone, down to the last byte."""
+    run = shutil.copytree(stopped_run, tmp_path / "run")
+    before = {file: file.read_bytes() for file in run.iterdir()}
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    command = [*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN]
+    status, _, err = run_main(*command, "--muon_lr", 0.01)
+    assert (status, err.count("\n")) == (2, 1) and "muon_lr" in err
+    assert {file: file.read_bytes() for file in run.iterdir()} == before
+    assert run_main(*command)[0] == 0
+
+
 # ---- several models in one run
 
 CHAIN = TINY | dict(
