@@ -973,9 +973,10 @@ def test_the_score_of_members_is_that_of_their_mean_probability(tiny_data, tmp_p
     nll = {}
     for name, changes in (("all", dict(members=3)), *((seed, dict(seed=seed)) for seed in seeds)):
         run = train_tiny(tiny_data, tmp_path / str(name), "--steps", 10, **changes)
-        argv = ("--score", run, "--tokens", tiny_data / "val.bin", "--nll", tmp_path / "out.npy", *PLAIN)
+        out = tmp_path / f"{name}.npy"
+        argv = ("--score", run, "--tokens", tiny_data / "val.bin", "--nll", out, *PLAIN)
         assert run_main(*argv)[0] == 0
-        nll[name] = np.load(tmp_path / "out.npy").astype(np.float64)
+        nll[name] = np.load(out).astype(np.float64)
     mean = -np.log(np.mean([np.exp(-nll[seed]) for seed in seeds], axis=0))
     assert nll["all"].max() < 16
     np.testing.assert_allclose(nll["all"], mean, rtol=0, atol=2 * 2**-21)
@@ -988,10 +989,8 @@ def test_the_student_alone_is_scored(chain):
     record = record_of(chain)
     student = t.model_configs(config(**CHAIN))[-1]
     assert (student.n_embd, student.distill_alpha, student.dropout, student.seed) == (16, 0.9, 0.1, 3000)
-    assert (student.bag_until, student.loop_from) == (
-        0,
-        0,
-    )  # from the first step on it is what its teachers became
+    # From the first step on it is what its teachers became.
+    assert (student.bag_until, student.loop_from) == (0, 0)
     assert record["members"] == 4 and record["scored"] == 1
     assert record["parameters"] == t.n_params(student)
     n_bag_steps = math.ceil(0.3 * STEPS - 0.5)  # of a member, whose bags hold two; the student has none
