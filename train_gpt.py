@@ -2264,7 +2264,10 @@ def compile_failure(e):
         if isinstance(cause, OSError):
             where = cause.filename or "TORCHINDUCTOR_CACHE_DIR"
             return f"the compiler cannot write or run {where}, {cause.strerror or cause}"
-    return f"the compiler failed, {first_line(e)}"
+    # Below its own first line, PyTorch quotes what the C++ compiler printed.
+    quoted = re.search(r"^.*\berror: .*$", str(e), re.MULTILINE)
+    its_own = f": {quoted[0].strip()[:300]}" if quoted else ""
+    return f"the compiler failed, {first_line(e)}{its_own}"
 
 
 def made_up_weights(model, m):

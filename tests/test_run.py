@@ -1192,6 +1192,11 @@ UNWRITABLE = PermissionError(errno.EACCES, "Permission denied", "/cache")
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 COMPILERS = [
     (RuntimeError("no kernel"), None, "the compiler failed, RuntimeError: no kernel"),
+    (
+        RuntimeError("C++ compile error\n\nOutput:\n/cache/x.cpp:1: fatal error: cheese.h: No such file"),
+        None,
+        "RuntimeError: C++ compile error: /cache/x.cpp:1: fatal error: cheese.h: No such file",
+    ),
     (UNWRITABLE, None, "cannot write or run /cache, Permission denied"),
     (RuntimeError("inductor"), UNWRITABLE, "cannot write or run /cache, Permission denied"),
 ]
