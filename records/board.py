@@ -182,9 +182,20 @@ def table(columns, rows):
     return [*lines, ""]
 
 
-def track_section(track, title, rows, drawn, losses, overtaken):
-    """(lines, pictures) of a track that has records. drawn: what two of the pictures show; losses: what the
-    third does."""
+# The columns of a track's own page.
+NOTES = {"rank": "#", "loss": "val loss", "note": "note", "date": "date", "by": "contributors"}
+
+
+def picture(track, kind, words, at=""):
+    """A line of Markdown that shows a track's picture. at: the way from the page to the repository's root."""
+    light = f"{at}records/pictures/{track}_{kind}_light.svg"
+    dark = f"{at}records/pictures/{track}_{kind}_dark.svg"
+    source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+    return f'<picture>{source}<img alt="{track}: {words}" src="{light}"></picture>'
+
+
+def track_section(track, title, rows, overtaken):
+    """Lines about a track that has records."""
     records = [row for row in rows if "name" in row]
     for row in rows:
         if "name" not in row:
@@ -194,25 +205,27 @@ def track_section(track, title, rows, drawn, losses, overtaken):
         names = ", ".join(f"[{name}](records/{name}/README.md)" for name in overtaken)
         lines += [f"Overtaken, for a better record was merged first: {names}.", ""]
     lines += ["Cost of each record:", "", *table(COST, records)]
-    pictures = {}
+    lines += [picture(track, "progress", "loss and data efficiency, record by record"), ""]
     baseline = "the baseline's loss on more tokens, and the records at the budget"
-    for kind, draw, data, words in (
-        ("progress", draw_progress, drawn, "loss and data efficiency, record by record"),
-        ("curve", draw_curve, drawn, baseline),
-        ("losses", draw_losses, losses, "training and validation loss over the epochs of the best records"),
-    ):
-        light = f"records/pictures/{track}_{kind}_light.svg"
-        dark = f"records/pictures/{track}_{kind}_dark.svg"
-        pictures[light] = (draw, data, "light")
-        pictures[dark] = (draw, data, "dark")
-        source = f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        image = f'<img alt="{track}: {words}" src="{light}">'
-        lines += [f"<picture>{source}{image}</picture>", ""]
-    return lines, pictures
+    lines += [picture(track, "curve", baseline), ""]
+    return [*lines, f"[Notes and training curves of these records](records/{track}/README.md)", ""]
 
 
-def board_and_pictures(root):
-    """The text between the markers of README.md, and the pictures to draw: {path: (function, data, theme)}.
+def track_page(track, title, rows):
+    """The page of a track's records: their training curves, and the way to their notes."""
+    records = []
+    for row in rows:
+        if "name" in row:
+            records.append(row | {"note": f"[{row['what']}]({row['name']}/README.md)"})
+    words = "training and validation loss over the epochs of the best records"
+    lines = [f"# {track}", "", f"{title}. [The board](../../README.md#records) has all figures.", ""]
+    lines += [picture(track, "losses", words, at="../../"), "", *table(NOTES, records)]
+    return "\n".join(lines)
+
+
+def board_and_pages(root):
+    """The text between the markers of README.md, the pictures to draw, {path: (function, data, theme)}, and
+    the pages of the tracks with records, {path: text}.
 
     A track with records has a section. Those for which there are only results published elsewhere share a
     table, one for each kind of data. A track with neither is a line.
@@ -221,6 +234,7 @@ def board_and_pictures(root):
     baselines = read_json(root / "records" / "baselines.json")
     sections = []
     pictures = {}
+    pages = {}
     published = {}
     empty = []
     for track, rules in tracks["tracks"].items():
@@ -240,9 +254,15 @@ def board_and_pictures(root):
             curves = [curves_of(root / "records" / track / name) for name in best]
             losses = {"curves": curves, "range": loss_range(curves)}
             overtaken = [name for name in read_order(root)["overtaken"] if name.startswith(f"{track}/")]
-            lines, new = track_section(track, rules["title"], rows, drawn, losses, overtaken)
-            sections += lines
-            pictures |= new
+            sections += track_section(track, rules["title"], rows, overtaken)
+            pages[f"records/{track}/README.md"] = track_page(track, rules["title"], rows)
+            for kind, draw, shown in (
+                ("progress", draw_progress, drawn),
+                ("curve", draw_curve, drawn),
+                ("losses", draw_losses, losses),
+            ):
+                for theme in INK:
+                    pictures[f"records/pictures/{track}_{kind}_{theme}.svg"] = (draw, shown, theme)
         elif rows:
             data, _, limit = rules["title"].partition(", ")
             for row in rows:
@@ -255,7 +275,7 @@ def board_and_pictures(root):
         sections += [f"### {', '.join(by_track)}", ""]
         sections += [f"{data}. No record here yet; these results are {ELSEWHERE}.", ""]
         sections += table(PUBLISHED, rows)
-    return "\n".join([*sections, *empty]), pictures
+    return "\n".join([*sections, *empty]), pictures, pages
 
 
 def between(page, begin, end, text):
@@ -306,7 +326,7 @@ def settled_order(root):
 def stale(root):
     """What render would change once the order is settled: {path: function that writes or removes it}."""
     changes = {}
-    text, pictures = board_and_pictures(root)
+    text, pictures, pages = board_and_pages(root)
 
     readme = root / "README.md"
     before = readme.read_text()
@@ -317,6 +337,11 @@ def stale(root):
         after = between(after, TOP_BEGIN, TOP_END, "\n".join(top_of_board(root)))
     if after != before:
         changes[readme] = functools.partial(readme.write_text, after)
+
+    for name, page in pages.items():
+        path = root / name
+        if not path.exists() or path.read_text() != page:
+            changes[path] = functools.partial(path.write_text, page)
 
     for name, (draw, data, theme) in pictures.items():
         # matplotlib's output differs between versions, so a picture is known by what it was drawn from, not

@@ -1132,7 +1132,8 @@ def test_render_is_stable_and_notices_what_is_stale(copy):
         for kind in ("curve", "losses", "progress")
         for theme in ("dark", "light")
     ]
-    assert render(root) == ["README.md", "records/order.json", *pictures]
+    page = "records/pocket/README.md"
+    assert render(root) == ["README.md", "records/order.json", *pictures, page]
     readme = (root / "README.md").read_text()
     assert readme.startswith("# Board") and readme.endswith("after\n")
     assert render(root) == []
@@ -1175,7 +1176,7 @@ def test_pictures_of_others_stay(copy):
 
 def test_a_record_on_the_board(copy):
     root, folder = copy
-    text, _ = board.board_and_pictures(root)
+    text, _, _ = board.board_and_pages(root)
     record = read_record(folder)
     [row] = rows_with(text, "The tiny recipe")
     assert f"| {reading.mean_loss(record):.4f} (2 seeds) |" in row and "A. Author, b-c" in row
@@ -1189,7 +1190,7 @@ def test_the_second_baseline_on_the_board(copy):
     """Where the baseline with look-ups is measured, a column shows what a record is worth against it."""
     root, folder = copy
     heading = "against the baseline with look-ups"
-    text, _ = board.board_and_pictures(root)
+    text, _, _ = board.board_and_pages(root)
     assert heading not in text and heading not in "".join(board.top_of_board(root))
     loss = reading.mean_loss(read_record(folder))
 
@@ -1199,7 +1200,7 @@ def test_the_second_baseline_on_the_board(copy):
         ]
 
     edit(root / "records" / "baselines.json", measure)
-    text, pictures = board.board_and_pictures(root)
+    text, pictures, _ = board.board_and_pages(root)
     # Halfway between the two points: 25,000 tokens, of a budget of 20,000.
     [row] = rows_with(text, "The tiny recipe")
     at = text.split("### pocket")[1].splitlines()[4].split(" | ").index(heading)
@@ -1214,8 +1215,10 @@ def test_the_second_baseline_on_the_board(copy):
 def test_training_curves_on_the_board(copy):
     """Of both seeds, from their logs, with the record's score."""
     root, folder = copy
-    text, pictures = board.board_and_pictures(root)
-    assert 'src="records/pictures/pocket_losses_light.svg"' in text
+    _, pictures, pages = board.board_and_pages(root)
+    page = pages["records/pocket/README.md"]
+    assert 'src="../../records/pictures/pocket_losses_light.svg"' in page
+    assert f"[The tiny recipe]({folder.name}/README.md)" in page
     draw, data, theme = pictures["records/pictures/pocket_losses_dark.svg"]
     [curve] = data["curves"]
     loss = reading.mean_loss(read_record(folder))
@@ -1231,7 +1234,7 @@ def test_training_curves_on_the_board(copy):
 def test_tracks_without_a_record_on_the_board(copy):
     """Those with results published elsewhere share a table, and the others have a line each."""
     root, folder = copy
-    text, _ = board.board_and_pictures(root)
+    text, _, _ = board.board_and_pages(root)
     assert "### tiny, limited, two_hour, unlimited\n" in text and "not verified here" in text
     [row] = rows_with(text, "| 3.307 |")
     assert row.startswith("| tiny | 15 minutes on one node of 8xH100 | 3.307 | ")
@@ -1241,7 +1244,7 @@ def test_tracks_without_a_record_on_the_board(copy):
 
     # With a record, a track has a section, in which a published result has no rank.
     shutil.copytree(folder, root / "records" / "tiny" / folder.name)
-    text, _ = board.board_and_pictures(root)
+    text, _, _ = board.board_and_pages(root)
     assert "### limited, two_hour, unlimited\n" in text and "### tiny\n" in text
     [row] = rows_with(text, "| 3.307 |")
     assert row.startswith("|  | 3.307 | ") and "published elsewhere, not verified here" in row
