@@ -289,7 +289,7 @@ PRESETS = {
     | dict(batch_tokens=65_536, device_tokens=65_536, loss_chunk=8192)
     | dict(epochs=10, weight_decay=0.8, eval_windows=256, save_every=500),
     "solo": SHALLOW | dict(epochs=12),
-    "tiny": SHALLOW | dict(epochs=13),
+    "tiny": SHALLOW | dict(epochs=12.5),
     "limited": DEEP | dict(epochs=11, loop_last=20, loop_times=1, loop_from=0.64),
     "two_hour": DEEP | dict(device_tokens=8192),
     "unlimited": DEEP
@@ -2625,6 +2625,7 @@ def finish(run):
 GPU_FLOPS = 989e12  # an H100, dense bf16
 GPU_GB = 80
 UTILIZATION = 0.4  # assumed
+STARTUP_SECONDS = 30  # to import PyTorch, read the data and draw the weights, assumed
 SAVE_SECONDS_PER_GB = 3.1  # to serialize, hash and write, measured on a slow core
 COPY_SECONDS_PER_GB = 0.5  # from a GPU to the memory of the host, assumed
 
@@ -2722,14 +2723,15 @@ def dry_run(c, n_ranks):
     flops = sum(model.train_flops for model in plan)
     print(f"{flops:.4g} FLOPs in all")
     if "max_ranks" in rules:  # a track for GPUs
-        seconds = flops / (n_ranks * GPU_FLOPS * UTILIZATION)
+        beside = STARTUP_SECONDS + seconds_left(plan, 0, 0.0, m)
+        at_full_speed = STARTUP_SECONDS + seconds_left(plan, 0, 1 / (n_ranks * GPU_FLOPS), m) - beside
+        seconds = beside + at_full_speed / UTILIZATION
         cap = rules.get("max_seconds", math.inf)
-        print(f"{seconds:,.0f} s at {UTILIZATION:.0%} of an H100's {GPU_FLOPS / 1e12:.0f} TFLOP/s")
-        print(f"{'fits' if seconds <= cap else 'does NOT fit'} in the track's {cap:,} s")
-        beside = seconds_left(plan, 0, 0.0, m)
-        at_full_speed = seconds_left(plan, 0, 1 / (n_ranks * GPU_FLOPS), m) - beside
+        print(f"{seconds:,.0f} s at {UTILIZATION:.0%} of an H100's {GPU_FLOPS / 1e12:.0f} TFLOP/s,")
+        print(f"  {STARTUP_SECONDS} s of start, evaluations and checkpoints included")
         least = at_full_speed / max(1.0, cap - beside)
-        print(f"with evaluations and checkpoints, it fits from {least:.1%} on")
+        fits = "fits" if seconds <= cap else "does NOT fit"
+        print(f"{fits} in the track's {cap:,} s, for which {least:.1%} would be enough")
         print(f"{'fits' if peak <= GPU_GB else 'does NOT fit'} in {GPU_GB} GB, without the driver and NCCL")
 
 
