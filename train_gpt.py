@@ -36,11 +36,14 @@ if os.name == "nt":
 # that a busy neighbor on the same cores slows training to a fraction of its fair share. Read when torch is
 # imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# On a GPU, memory comes in segments that can grow: phases of other shapes leave fewer unused fragments.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import errno
 import fcntl
@@ -520,7 +523,10 @@ def setup_machine(c, args):
         capabilities = torch.cpu.get_capabilities()
         has_bf16 = capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
     if world_size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+        # While the first rank writes to a slow disk, the others wait.
+        patience = datetime.timedelta(minutes=30)
+        device_id = device if cuda else None
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, device_id=device_id)
     use_bf16 = has_bf16 if c.dtype == "auto" else c.dtype == "bf16"
     m = Machine(device, torch.bfloat16 if use_bf16 else torch.float32, rank, world_size)
     name = "bf16" if use_bf16 else "fp32"
@@ -2624,6 +2630,7 @@ def finish(run):
 
 GPU_FLOPS = 989e12  # an H100, dense bf16
 GPU_GB = 80
+RESERVE_GB = 6  # for the driver's context, NCCL's buffers, attention's workspace and fragments, assumed
 UTILIZATION = 0.4  # assumed
 STARTUP_SECONDS = 30  # to import PyTorch, read the data and draw the weights, assumed
 SAVE_SECONDS_PER_GB = 3.1  # to serialize, hash and write, measured on a slow core
@@ -2732,7 +2739,8 @@ def dry_run(c, n_ranks):
         least = at_full_speed / max(1.0, cap - beside)
         fits = "fits" if seconds <= cap else "does NOT fit"
         print(f"{fits} in the track's {cap:,} s, for which {least:.1%} would be enough")
-        print(f"{'fits' if peak <= GPU_GB else 'does NOT fit'} in {GPU_GB} GB, without the driver and NCCL")
+        fits = "fits" if peak <= GPU_GB - RESERVE_GB else "does NOT fit"
+        print(f"{fits} in {GPU_GB} GB, {RESERVE_GB} of them left to the driver, NCCL and fragments")
 
 
 # ---- main --------------------------------------------------------------------------------------------------
