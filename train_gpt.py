@@ -14,11 +14,11 @@ step), record.json, val_nll.npy and the weights. Change anything you like except
 calls it.
 
 Sections, in order: config, schedules, machine, data, model, objective, optimizer, checkpoint, scoring,
-training, dry run, main. To change the model, see param_table and block; the loss: loss_function; the
-optimizer: muon_update and adamw_update. A step is train_command > train > train_model > train_step >
+training, dry run, terminal, main. To change the model, see param_table and block; the loss: loss_function;
+the optimizer: muon_update and adamw_update. A step is train_command > train > train_model > train_step >
 train_pass > forward and objective, then optimizer.step. Everywhere, c is the Config, m the Machine, and p
-the weights, a dict of tensors by name. The look-ups' n-grams (Streams, Lookup), checkpoint, scoring, dry run
-and main can wait for a second reading.
+the weights, a dict of tensors by name. The look-ups' n-grams (Streams, Lookup), checkpoint, scoring, dry run,
+terminal and main can wait for a second reading.
 """
 
 import time
@@ -96,85 +96,6 @@ class UserError(Exception):
 def require(condition, message):
     if not condition:
         raise UserError(message)
-
-
-def printable(text):
-    """Control characters as escapes: they would act on the terminal, and spoil a log for its readers."""
-    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
-
-
-def did_you_mean(name, names, otherwise):
-    """A hint at the one of the names that a mistyped one is close to."""
-    close = difflib.get_close_matches(name[:2] + name[2:].replace("-", "_"), names, n=1)
-    return f"did you mean {close[0]}?" if close else otherwise
-
-
-def first_line(e):
-    lines = str(e).splitlines() or [""]
-    return f"{type(e).__name__}: {lines[0][:120]}"
-
-
-def is_out_of_memory(e):
-    """Of a GPU, of PyTorch on a CPU (a plain RuntimeError), of numpy, or of the system."""
-    if isinstance(e, OSError):
-        return e.errno == errno.ENOMEM
-    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
-
-
-def explain(e):
-    """(one line, exit status) of what ends a process, or None where it is a fault of this script."""
-    if isinstance(e, UserError):
-        return str(e), e.status
-    if isinstance(e, KeyboardInterrupt):
-        return str(e) or "interrupted", 130
-    if is_out_of_memory(e):
-        size = re.search(r"allocate ([\d.,]+ \w+)", str(e))
-        what = f"out of memory, {size[1]} more could not be had" if size else "out of memory"
-        remedy = "lower --device_tokens or --loss_chunk, or else the model; --dry_run says what a run takes"
-        return f"{what}: {remedy}", 1
-    if isinstance(e, OSError):  # while reading: write_file and Log say themselves what they cannot write
-        return f"cannot read {e.filename or 'a file'}: {e.strerror or e}", 1
-    if dist.is_initialized() and (isinstance(e, dist.DistError) or "gloo" in str(e)):
-        return f"lost the connection to another rank ({first_line(e)}); --resume the last checkpoint", 1
-    return None
-
-
-MISSING = []  # what this machine turned out not to offer, and the run does without: Log tells each once
-
-
-def do_without(what, e):
-    note = f"{what} ({e.strerror or e}); the run goes on"
-    if note not in MISSING:
-        MISSING.append(note)
-
-
-class Terminal:
-    """sys.stdout or sys.stderr of a run that may outlive its terminal: what cannot be shown is dropped."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w")  # None where it was closed before the start
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # samples hold any character
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-    def write(self, text):
-        try:
-            self.stream.write(text)
-        except OSError as e:
-            self.give_up(e)
-
-    def flush(self):
-        try:
-            self.stream.flush()
-        except OSError as e:
-            self.give_up(e)
-
-    def give_up(self, e):
-        # Python tries once more at its end, and would then end with an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-        do_without(f"nothing more is shown on {self.stream.name}", e)
 
 
 # ---- config ------------------------------------------------------------------------------------------------
@@ -2741,6 +2662,88 @@ def dry_run(c, n_ranks):
         print(f"{fits} in the track's {cap:,} s, for which {least:.1%} would be enough")
         fits = "fits" if peak <= GPU_GB - RESERVE_GB else "does NOT fit"
         print(f"{fits} in {GPU_GB} GB, {RESERVE_GB} of them left to the driver, NCCL and fragments")
+
+
+# ---- the terminal, and what ends a run ---------------------------------------------------------------------
+
+
+def printable(text):
+    """Control characters as escapes: they would act on the terminal, and spoil a log for its readers."""
+    return "".join(char if char.isprintable() or char in "\n\t" else ascii(char)[1:-1] for char in text)
+
+
+def did_you_mean(name, names, otherwise):
+    """A hint at the one of the names that a mistyped one is close to."""
+    close = difflib.get_close_matches(name[:2] + name[2:].replace("-", "_"), names, n=1)
+    return f"did you mean {close[0]}?" if close else otherwise
+
+
+def first_line(e):
+    lines = str(e).splitlines() or [""]
+    return f"{type(e).__name__}: {lines[0][:120]}"
+
+
+def is_out_of_memory(e):
+    """Of a GPU, of PyTorch on a CPU (a plain RuntimeError), of numpy, or of the system."""
+    if isinstance(e, OSError):
+        return e.errno == errno.ENOMEM
+    return isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(e)
+
+
+def explain(e):
+    """(one line, exit status) of what ends a process, or None where it is a fault of this script."""
+    if isinstance(e, UserError):
+        return str(e), e.status
+    if isinstance(e, KeyboardInterrupt):
+        return str(e) or "interrupted", 130
+    if is_out_of_memory(e):
+        size = re.search(r"allocate ([\d.,]+ \w+)", str(e))
+        what = f"out of memory, {size[1]} more could not be had" if size else "out of memory"
+        remedy = "lower --device_tokens or --loss_chunk, or else the model; --dry_run says what a run takes"
+        return f"{what}: {remedy}", 1
+    if isinstance(e, OSError):  # while reading: write_file and Log say themselves what they cannot write
+        return f"cannot read {e.filename or 'a file'}: {e.strerror or e}", 1
+    if dist.is_initialized() and (isinstance(e, dist.DistError) or "gloo" in str(e)):
+        return f"lost the connection to another rank ({first_line(e)}); --resume the last checkpoint", 1
+    return None
+
+
+MISSING = []  # what this machine turned out not to offer, and the run does without: Log tells each once
+
+
+def do_without(what, e):
+    note = f"{what} ({e.strerror or e}); the run goes on"
+    if note not in MISSING:
+        MISSING.append(note)
+
+
+class Terminal:
+    """sys.stdout or sys.stderr of a run that may outlive its terminal: what cannot be shown is dropped."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None where it was closed before the start
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # samples hold any character
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except OSError as e:
+            self.give_up(e)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError as e:
+            self.give_up(e)
+
+    def give_up(self, e):
+        # Python tries once more at its end, and would then end with an error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+        do_without(f"nothing more is shown on {self.stream.name}", e)
 
 
 # ---- main --------------------------------------------------------------------------------------------------
