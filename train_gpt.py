@@ -2236,9 +2236,8 @@ def seconds_left(plan, step, seconds_per_flop, m):
     return seconds
 
 
-FIT_SHARE = (
-    0.97  # of the track's seconds that --fit fills: a few steps on made-up tokens tell a speed roughly
-)
+# Of the track's seconds, what --fit fills: a few steps on made-up tokens tell a speed roughly.
+FIT_SHARE = 0.97
 FIT_STEPS = 3  # that are timed in each phase
 
 

@@ -49,7 +49,7 @@ formulas = {
     getattr(torch.ops.aten, kernel + "_backward"): backward_flops,
 }
 # A sample ends where a document does. Both trainings' samples are to cost the same, so they take what is
-# likeliest, which never is the end of a document.
+# likeliest, which is hardly ever the end of a document.
 torch.multinomial = lambda p, *args, **kwargs: p.argmax(-1, keepdim=True)
 counter = flop_counter.FlopCounterMode(display=False, custom_mapping=formulas)
 try:
