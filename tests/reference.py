@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 
 import numpy as np
@@ -97,6 +98,22 @@ def random_tokens(B, T, seed=0, bos_share=0.05):
     x = rng.integers(0, 256, (B, T))
     x[rng.random((B, T)) < bos_share] = BOS
     return torch.from_numpy(x).to(make_machine().device)
+
+
+def allowed_pairs(tokens, window):
+    """[T, T]: whether token i of a row sees token j, decided one by one."""
+    document = np.cumsum(tokens.cpu().numpy() == BOS).tolist()
+    places = range(len(tokens))
+    allowed = [[j <= i and i - j < window and document[i] == document[j] for j in places] for i in places]
+    return torch.tensor(allowed, device=tokens.device)
+
+
+def plain_attention(q, k, v, tokens, window):
+    """Softmax over every score, the forbidden ones at -inf."""
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.size(-1))
+    for b, row in enumerate(tokens):
+        scores[b].masked_fill_(~allowed_pairs(row, window), -math.inf)
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
 
 
 def head_logits(h, w, c):

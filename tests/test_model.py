@@ -3,13 +3,11 @@
 import dataclasses
 import functools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import flex_attention
 
 import train_gpt as t
 from reference import (
@@ -21,6 +19,7 @@ from reference import (
     head_logits,
     make_machine,
     make_params,
+    plain_attention,
     random_tokens,
     trainable,
 )
@@ -57,22 +56,6 @@ def stream_nll(p, x, c, m):
 # ---- attention
 
 
-def allowed_pairs(tokens, window):
-    """[T, T]: whether token i of a row sees token j, decided one by one."""
-    document = np.cumsum(tokens.cpu().numpy() == BOS).tolist()
-    places = range(len(tokens))
-    allowed = [[j <= i and i - j < window and document[i] == document[j] for j in places] for i in places]
-    return torch.tensor(allowed, device=tokens.device)
-
-
-def plain_attention(q, k, v, tokens, window):
-    """Softmax over every score, the forbidden ones at -inf."""
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.size(-1))
-    for b, row in enumerate(tokens):
-        scores[b].masked_fill_(~allowed_pairs(row, window), -math.inf)
-    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v)
-
-
 def random_heads(tokens, n_head=3, head_dim=8):
     return [torch.randn(*tokens.shape, n_head, head_dim, device=tokens.device) for _ in range(3)]
 
@@ -83,72 +66,6 @@ def test_attention_is_a_masked_softmax(exact, window):
     q, k, v = random_heads(tokens)
     mask = t.attention_masks(tokens == BOS, [window], "sdpa", q.dtype)[window]
     assert_equal(t.attention(q, k, v, mask, "sdpa"), plain_attention(q, k, v, tokens, window))
-
-
-def test_flex_sees_the_same_pairs(exact, monkeypatch):
-    monkeypatch.setattr(t, "flex", flex_attention, raising=False)
-    tokens = random_tokens(2, 256)
-    q, k, v = random_heads(tokens, 2, 16)
-    # Uncompiled, FlexAttention keeps its scores in float32: 16 products each, of numbers near 1, some of
-    # which are as large as 10, in the exponent.
-    bound = 16 * 10 * EPS
-    for window in (50, 256):
-        mask = t.attention_masks(tokens == BOS, [window], "flex", q.dtype)[window]
-        with torch.no_grad():
-            heads = [x.transpose(1, 2) for x in (q, k, v)]
-            y = t.flex.flex_attention(*heads, block_mask=mask).transpose(1, 2)
-        expected = plain_attention(q, k, v, tokens, window)
-        assert (y - expected).abs().max() < bound * v.abs().max()
-
-
-def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, window_size):
-    """What the flash kernel computes, one sequence after the other: it needs a GPU, the bookkeeping around it
-    does not."""
-    assert cu_q is cu_k and cu_q.dtype == torch.int32 and window_size[1] == 0
-    y = torch.full_like(q, math.nan)
-    for a, b in zip(cu_q.tolist(), cu_q.tolist()[1:]):
-        assert 0 <= b - a <= max_q
-        if b == a:
-            continue
-        i = torch.arange(b - a)[:, None]
-        j = torch.arange(b - a)
-        allowed = (j <= i) & (i - j <= window_size[0])
-        scores = torch.einsum("ihd,jhd->hij", q[a:b], k[a:b]) / math.sqrt(q.size(-1))
-        scores = scores.masked_fill(~allowed, -math.inf)
-        y[a:b] = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[a:b])
-    return y
-
-
-@pytest.mark.parametrize("bos_share", [0.0, 0.05, 0.9])
-def test_varlen_sees_the_same_pairs(exact, monkeypatch, bos_share):
-    monkeypatch.setattr(t, "varlen", SimpleNamespace(varlen_attn=plain_varlen), raising=False)
-    tokens = random_tokens(2, 48, bos_share=bos_share).cpu()
-    q, k, v = random_heads(tokens)
-    for window in (5, 48):
-        mask = t.attention_masks(tokens == BOS, [window], "varlen", q.dtype)[window]
-        assert_equal(t.attention(q, k, v, mask, "varlen"), plain_attention(q, k, v, tokens, window))
-
-
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="the varlen kernel and FlexAttention's backward pass need a GPU"
-)
-@pytest.mark.parametrize("impl", ["varlen", "flex"])
-def test_gpu_attention_equals_sdpa(impl):
-    tokens = random_tokens(2, 256)
-    heads = [
-        torch.randn(2, 256, 2, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
-    ]
-    # bf16 rounds by 2**-9. An output is rounded once, and so are the probabilities that it averages values
-    # of up to 4 with. A gradient passes through four roundings, and through a sum in another order.
-    for window in (64, 256):
-        y, grads = {}, {}
-        for name in (impl, "sdpa"):
-            mask = t.attention_masks(tokens == BOS, [window], name, torch.bfloat16)[window]
-            y[name] = t.attention(*heads, mask, name)
-            grads[name] = torch.autograd.grad(y[name].float().square().sum(), heads)
-        torch.testing.assert_close(y[impl], y["sdpa"], atol=2 * 4 * 2**-9, rtol=4 * 2**-9)
-        for a, b in zip(grads[impl], grads["sdpa"]):
-            assert (a - b).float().norm() < 4 * 2 * 2**-9 * b.float().norm()
 
 
 # ---- the model
