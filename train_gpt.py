@@ -2258,6 +2258,19 @@ def measure_speed(plan, m):
     return slowest
 
 
+def shortened(c, m, cap, startup, seconds_per_flop):
+    """(the config, with fewer epochs if a run of it would not fit in FIT_SHARE of a track's seconds; the
+    seconds that the run then takes)"""
+    tokens = np.broadcast_to(np.uint16(0), (c.train_tokens, 1 + n_lookups(c)))
+    while True:
+        seconds = startup + seconds_left(training_plan(c, tokens, m), 0, seconds_per_flop, m)
+        if seconds <= FIT_SHARE * cap:
+            return c, seconds
+        epochs = math.floor(1000 * c.epochs * FIT_SHARE * cap / seconds) / 1000
+        require(epochs > 0, f"--fit: no number of epochs fits in the {cap:,} s of {c.track}; lower --n_layer")
+        c = dataclasses.replace(c, epochs=epochs)
+
+
 def fit(c, m):
     """--fit: (the config, with fewer epochs if they would not fit in the track's seconds; the seconds that it
     took to find out, which the clock leaves out)."""
@@ -2265,17 +2278,12 @@ def fit(c, m):
     require(cap, f"--fit: track {c.track} has no limit in seconds; leave the option out")
     barrier(m)
     began = time.monotonic()
-    tokens = np.broadcast_to(np.uint16(0), (c.train_tokens, 1 + n_lookups(c)))
-    plan = training_plan(c, tokens, m)
+    plan = training_plan(c, np.broadcast_to(np.uint16(0), (c.train_tokens, 1 + n_lookups(c))), m)
     compile_all(plan, m)
     measured = torch.tensor([measure_speed(plan, m), began - START], dtype=torch.float64, device=m.device)
     seconds_per_flop, startup = (all_reduce(m, measured) / m.world_size).tolist()
     given = c.epochs
-    while (seconds := startup + seconds_left(plan, 0, seconds_per_flop, m)) > FIT_SHARE * cap:
-        epochs = math.floor(1000 * c.epochs * FIT_SHARE * cap / seconds) / 1000
-        require(epochs > 0, f"--fit: no number of epochs fits in the {cap:,} s of {c.track}; lower --n_layer")
-        c = dataclasses.replace(c, epochs=epochs)
-        plan = training_plan(c, tokens, m)
+    c, seconds = shortened(c, m, cap, startup, seconds_per_flop)
     speed = f"{1 / seconds_per_flop:.3g} FLOP/s, measured on made-up tokens"
     m.reasons["fit"] = f"{c.epochs:g} of {given:g} epochs, {seconds:,.0f} s of {cap:,} at {speed}"
     return c, time.monotonic() - began
