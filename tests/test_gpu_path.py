@@ -126,8 +126,8 @@ def varlen_on_a_cpu(monkeypatch):
 
 
 # Rows, their tokens, and how many documents begin in them: none beside the first; 15 and 16 sequences, for
-# which cu_seqlens has one place to spare and sixteen; nearly one for each token; rows of an odd length, and of
-# one token; and a row with so few documents that its tokens decide how far cu_seqlens is padded.
+# which cu_seqlens has one place to spare and sixteen; nearly one for each token; rows of an odd length, and
+# of one token; and a row with so few documents that its tokens decide how far cu_seqlens is padded.
 ROWS = [(2, 48, 0), (2, 48, 13), (2, 48, 14), (2, 48, 80), (3, 47, 5), (3, 1, 0), (1, 520, 0)]
 
 

@@ -1,0 +1,646 @@
+"""
+The steps of tests/node.sh: does training work on this node, and how fast?
+
+    python tests/node.py STEP --folder DIR [TRACK] [--data DATA] [--ranks "1 2 8"] [--steps N]
+
+check       what the machine is; ends with status 2, and a line for each reason, where it cannot work
+attention   every kind of attention that the machine has, against SDPA in float64
+ranks       short runs on 1, 2 and 8 ranks: do they lose the same at every step?
+resume      one rank of such a run is killed; torchrun starts it again from its checkpoint
+preset      a track's recipe, cut down to some steps: through all phases, an evaluation and saves
+profile     three steps of a track's recipe, and the ten kernels that take longest
+verdict     what full runs would take by these measurements, and what to lower where that is too much
+
+Status 3: left out, for a reason that is printed. Without a GPU everything has the size of a toy.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+import bench
+from bench import t  # train_gpt.py, imported before torch
+from runs import ROOT, SIZES
+
+import torch  # isort: skip
+import torch.distributed as dist  # isort: skip
+
+ON_GPU = torch.cuda.is_available()
+TRACKS = [track for track in t.PRESETS if "max_ranks" in t.read_rules(track)]
+RANKS_OF_A_NODE = 8
+SKIPPED = 3
+
+# Without a GPU: a recipe that takes seconds, whose loop is a layer that it has.
+TOY = SIZES | dict(loop_first=1, loop_last=1)
+OF_THE_TRACK = ("train_tokens", "epochs", "evals", "eval_windows", "save_every")
+TOY = {name: value for name, value in TOY.items() if name not in OF_THE_TRACK}
+TOY_COMMAND = ["--device", "cpu", "--compile", "off"]
+
+
+def say(line=""):
+    print(line, flush=True)
+
+
+def gigabytes(n_bytes):
+    return f"{n_bytes / 1e9:.1f} GB"
+
+
+# ---- runs
+
+
+def words(options):
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
+def ranks_of(track):
+    """GPUs of a node that train one of the track's models."""
+    return min(t.read_rules(track)["max_ranks"], RANKS_OF_A_NODE)
+
+
+def recipe(track, n_ranks, steps, data):
+    """Options that cut a track's recipe down: its models in their size, its batches as large for each of
+    n_ranks GPUs as for each of the track's, other data, as few steps and evaluations as show every phase. Of
+    an ensemble two members, so that one has a teacher."""
+    c = t.make_config({"track": track, "data": data})
+    n_tokens = json.loads((t.data_folder(c) / "meta.json").read_text())["tokens"]["train"]
+    options = {"track": track, "data": data}
+    options["batch_tokens"] = c.batch_tokens * n_ranks // ranks_of(track)
+    if not ON_GPU:
+        options |= TOY
+    options |= {"train_tokens": min(c.train_tokens, n_tokens), "members": min(2, c.members)}
+    return options | {"evals": 2, "eval_windows": 32, "save_every": max(1, steps // 3)}
+
+
+def comparable(data):
+    """Options of runs that are to agree on any number of ranks: `mini`, without what each rank draws for
+    itself, in micro-batches of one size on all of them."""
+    options = recipe("mini", 1, COMPARED_STEPS, data) | {"dropout": 0.0}
+    c = t.make_config(options)
+    return options | {"device_tokens": max(c.seq_len, c.batch_tokens // RANKS_OF_A_NODE)}
+
+
+def planned(options, n_ranks, steps=None):
+    """(the models that these options train, a rank's Machine). Needs no data."""
+    c = t.make_config(options)
+    path = t.data_folder(c) / "meta.json"
+    vocab_size = t.read_rules(c.track).get("vocab_size", 50257)
+    meta = {"vocab_size": vocab_size, "bos_id": vocab_size - 1}
+    c = t.with_vocabulary(c, t.read_json(path, t.check_meta) if path.exists() else meta)
+    m = t.Machine(torch.device("cpu"), torch.bfloat16, 0, n_ranks)
+    tokens = np.broadcast_to(np.uint16(0), (c.train_tokens, 1))  # one document, which takes no memory
+    return t.training_plan(c, tokens, m, steps), m
+
+
+def memory_gb(plan, m):
+    """GB that a rank holds at the most, by --dry_run's formula."""
+    return max(sum(t.memory_estimate(model, m).values()) for model in plan)
+
+
+def torchrun(n_ranks, *argv):
+    """A command line on so many ranks of this machine."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
+    return [sys.executable, *launcher, *map(str, argv)]
+
+
+def environment():
+    # Otherwise a rank that is started again can meet a dead one's address (pytorch issue 135712). One thread
+    # is torchrun's own choice, of which it warns.
+    return {"OMP_NUM_THREADS": "1"} | os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def train(run, n_ranks, options, steps):
+    """Train a run that is cut down to so many steps. Returns the most memory that one GPU held meanwhile, by
+    the driver, in bytes."""
+    argv = [*words(options), f"--steps={steps}", f"--run_dir={run}", *([] if ON_GPU else TOY_COMMAND)]
+    say(f"$ torchrun --nproc_per_node={n_ranks} train_gpt.py {' '.join(argv)}")
+    process = subprocess.Popen(torchrun(n_ranks, ROOT / "train_gpt.py", *argv), env=environment())
+    held = 0
+    while process.poll() is None:
+        held = max([held, *(int(mib) * 2**20 for [mib] in query_gpus("memory.used"))])
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(2)
+    if process.returncode:
+        sys.exit(f"node.py: the run ended with status {process.returncode}")
+    return held
+
+
+def metrics_of(run):
+    """Lines of a run's metrics.jsonl; of a step that a restart repeated, the last one."""
+    entries = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return list({(entry["model"], entry["step"]): entry for entry in entries}.values())
+
+
+def losses_of(run):
+    return np.array([entry["loss"] for entry in metrics_of(run)])
+
+
+# ---- check
+
+
+def query_gpus(fields):
+    """What nvidia-smi says of each GPU, a list of texts; of none where there is no nvidia-smi."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    out = subprocess.run(command, capture_output=True, text=True).stdout
+    return [line.split(", ") for line in out.splitlines()]
+
+
+# The oldest driver that runs each major version of CUDA (NVIDIA's release notes of CUDA, table "CUDA Toolkit
+# and Minimum Required Driver Version").
+DRIVERS = {12: 525, 13: 580}
+
+
+@dataclasses.dataclass
+class Machine:
+    """What is known of a machine before anything runs on it."""
+
+    drivers: list  # of each GPU that nvidia-smi shows, such as "580.65.06"
+    capabilities: list  # of each, such as "9.0"
+    used: list  # MiB of each GPU's memory that is taken
+    cuda: str | None  # that torch is built for
+    usable: bool  # torch can use a GPU
+    error: str  # why not
+    free_disk: float  # bytes
+    free_memory: float  # bytes of the host
+    needed_disk: float
+    needed_memory: float
+    folder: Path  # of the data
+    data: str
+    has_data: bool
+
+
+def problems(machine):
+    """Reasons why nothing can be measured here, one line each, with the remedy."""
+    found = []
+    if machine.drivers and not machine.cuda:
+        found.append("torch is built for CPUs alone: pip install -r requirements.txt in a new environment")
+    elif machine.drivers and not machine.usable:
+        needed = DRIVERS.get(int(machine.cuda.split(".")[0]))
+        driver = machine.drivers[0]
+        if needed and int(driver.split(".")[0]) < needed:
+            remedy = f"update it to {needed} or newer, or rent a machine that has it"
+            found.append(
+                f"driver {driver}: too old for the CUDA {machine.cuda} of the installed torch; {remedy}"
+            )
+        else:
+            found.append(f"torch can use no GPU ({machine.error}): mend that first")
+    for i, capability in enumerate(machine.capabilities):
+        if float(capability) < 8.0:
+            remedy = "rent an A100 (8.0), H100 or H200 (9.0), or newer"
+            found.append(f"GPU {i}: compute capability {capability} has no bf16; {remedy}")
+    for i, used in enumerate(machine.used):
+        if used > 1024:
+            found.append(f"GPU {i}: {used} MiB of its memory are taken; end the process that holds them")
+    if not machine.has_data:
+        remedy = f"python data/prepare.py {machine.data}"
+        found.append(
+            f"{machine.folder}: no data there; prepare it with {remedy}, or name a folder with DATA="
+        )
+    for what, free, needed in (
+        ("disk", machine.free_disk, machine.needed_disk),
+        ("memory of the host", machine.free_memory, machine.needed_memory),
+    ):
+        if free < needed:
+            remedy = "free some, rent more, or name fewer tracks"
+            found.append(f"{what}: {gigabytes(free)} free, checkpoints need {gigabytes(needed)}; {remedy}")
+    return found
+
+
+def checkpoint_bytes(track, n_ranks):
+    """(most bytes that a run's folder takes, bytes of the host's memory): two checkpoints and the next, all
+    models' weights; one checkpoint in memory, and what each process takes anyway."""
+    plan, m = planned({"track": track} | ({} if ON_GPU else TOY), n_ranks)
+    state = 1e9 * n_ranks * max(t.shard_size(model, m) for model in plan)
+    weights = sum(4 * t.n_params(model.c) for model in plan)
+    process = 4e9 if ON_GPU else 0.4e9  # assumed
+    return 3 * state + weights, state + n_ranks * process
+
+
+def available_memory():
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) * 1024
+
+
+def this_machine(options):
+    error = ""
+    if not ON_GPU:
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as e:
+            error = t.first_line(e)
+    needs = [checkpoint_bytes(track, options.n_ranks) for track in options.tracks]
+    folder = t.data_folder(t.make_config({"data": options.data}))
+    # pocket's shards are made on the spot
+    has_data = options.data == "pocket" or (folder / "meta.json").exists()
+    gpus = query_gpus("driver_version,compute_cap,memory.used")
+    return Machine(
+        drivers=[driver for driver, _, _ in gpus],
+        capabilities=[capability for _, capability, _ in gpus],
+        used=[int(used) for _, _, used in gpus],
+        cuda=torch.version.cuda,
+        usable=ON_GPU,
+        error=error,
+        free_disk=shutil.disk_usage(options.folder).free,
+        free_memory=available_memory(),
+        needed_disk=max(disk for disk, _ in needs),
+        needed_memory=max(memory for _, memory in needs),
+        folder=folder,
+        data=options.data,
+        has_data=has_data,
+    )
+
+
+def check(options):
+    machine = this_machine(options)
+    say(f"python {sys.version.split()[0]}, torch {torch.__version__}, built for CUDA {torch.version.cuda}")
+    for gpu in query_gpus("index,name,memory.total,driver_version,compute_cap,power.limit,clocks.max.sm"):
+        say(f"GPU {', '.join(gpu)}")
+    if machine.drivers:
+        subprocess.run(["nvidia-smi", "topo", "-m"])
+    say(f"disk: {gigabytes(machine.free_disk)} free, checkpoints need {gigabytes(machine.needed_disk)}")
+    say(f"memory: {gigabytes(machine.free_memory)} free, they need {gigabytes(machine.needed_memory)}")
+    if Path("/dev/shm").exists():
+        say(f"/dev/shm: {gigabytes(shutil.disk_usage('/dev/shm').free)} free")
+    found = problems(machine)
+    for line in found:
+        say(f"node.py: {line}")
+    if found:
+        sys.exit(2)
+    if machine.data == "pocket":
+        t.find_data(t.Config(), t.Machine(torch.device("cpu"), torch.float32))
+    _, m = one_rank()
+    say(f"{t.hardware(m)}, {os.cpu_count()} cores; {m.reasons['attention']}")
+    product = bench.matrix_product(m)
+    say(f"a matrix product in {m.reasons['dtype']}: {product / 1e12:.4g} TFLOP/s")
+    (options.folder / "product.json").write_text(json.dumps(product))
+
+
+def one_rank(*argv):
+    """(Config, Machine) of this process alone."""
+    given, args = t.parse_args([*argv, *([] if ON_GPU else TOY_COMMAND)])
+    c = t.make_config({"track": "mini"} | given)
+    return c, t.setup_machine(c, args)
+
+
+# ---- attention
+
+
+def attention(options):
+    """Outputs and gradients at the presets' shapes, of documents of many lengths."""
+    c, m = one_rank()
+    shape = (2, 2048, 14, 128) if ON_GPU else (2, 128, 2, 16)
+    B, T = shape[:2]
+    g = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(shape, generator=g).to(m.device, m.dtype) for _ in range(4)]
+    starts = (torch.rand(B, T, generator=g) < 8 / T).to(m.device)
+    kinds = ("varlen", "flex", "sdpa") if ON_GPU else ("sdpa",)
+    # Each of the four products in a row rounds its factors to the dtype, by up to half of eps; sums over T
+    # numbers are in float32.
+    bound = 4 * torch.finfo(m.dtype).eps / 2 + T * torch.finfo(torch.float32).eps / 2
+    failed = False
+
+    def outputs(kind, window, dtype):
+        q, k, v, grad = (x.to(dtype) for x in inputs)
+        heads = [x.requires_grad_() for x in (q.clone(), k.clone(), v.clone())]
+        mask = t.attention_masks(starts, [window], kind, dtype)[window]
+        y = t.attention(*heads, mask, kind)
+        return [y.detach(), *torch.autograd.grad(y, heads, grad)]
+
+    for window in (T // 2, T):
+        expected = outputs("sdpa", window, torch.float64)
+        for kind in kinds:
+            try:
+                got = outputs(kind, window, m.dtype)
+            except Exception as e:  # whatever a missing kernel raises
+                say(f"{kind}, window {window}: {t.first_line(e)}")
+                failed = True
+                continue
+            errors = [((a - b).norm() / b.norm()).item() for a, b in zip(got, expected)]
+            agrees = max(errors) < bound
+            failed = failed or not agrees
+            listed = ", ".join(f"{name} {error:.1e}" for name, error in zip(("y", "dq", "dk", "dv"), errors))
+            verdict = "agrees" if agrees else "DIFFERS"
+            say(f"{kind}, window {window}: {verdict}; off by {listed} of the norm, {bound:.1e} allowed")
+    if failed:
+        sys.exit(1)
+
+
+# ---- ranks, and a rank that is killed
+
+# Of the difference between two seeds, in the losses of the same steps: what rounding may make of it. Measured
+# without a GPU, of this recipe: SPREAD_NOTE
+SPREAD = 0.2
+COMPARED_STEPS = 15
+
+
+def assert_close(name, losses, expected, other_seed):
+    """Whether a run loses what another does: how far rounding grows depends on the model, so the measure is
+    what another seed changes."""
+    if len(losses) != len(expected):
+        sys.exit(f"node.py: {name}: {len(losses)} steps instead of {len(expected)}")
+    share = np.abs(losses - expected).mean() / np.abs(other_seed - expected).mean()
+    largest = np.abs(losses - expected).max()
+    say(f"{name}: largest difference of a step's loss {largest:.2e}, mean {share:.1%} of another seed's")
+    if not share < SPREAD:
+        for step, (a, b) in enumerate(zip(losses, expected), start=1):
+            say(f"  step {step}: {a:.6f}, expected {b:.6f}")
+        sys.exit(f"node.py: {name}: does not agree; {SPREAD:.0%} would be rounding")
+
+
+def ranks(options):
+    recipe = comparable(options.data)
+    numbers = options.ranks
+    for n in numbers:
+        train(options.folder / f"ranks{n}", n, recipe, COMPARED_STEPS)
+    train(options.folder / "seed1", numbers[0], recipe | {"seed": 1}, COMPARED_STEPS)
+    one, *others = (options.folder / f"ranks{n}" for n in numbers)
+    if not others:
+        say(f"{numbers[0]} rank alone: nothing to compare")
+    for run in others:
+        assert_close(f"{run.name} against {one.name}", *map(losses_of, (run, one, options.folder / "seed1")))
+
+
+def children(pid):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # it may have ended meanwhile
+            if re.search(rf"^PPid:\s+{pid}$", path.read_text(), re.MULTILINE):
+                found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def resume(options):
+    """kill -9 for one rank of the run that `ranks` has trained undisturbed."""
+    n_ranks = options.ranks[-1]
+    undisturbed = options.folder / f"ranks{n_ranks}"
+    run = options.folder / "killed"
+    argv = [*words(comparable(options.data)), f"--steps={COMPARED_STEPS}", f"--run_dir={run}"]
+    argv += [] if ON_GPU else TOY_COMMAND
+    command = torchrun(n_ranks, ROOT / "train_gpt.py", *argv)
+    command.insert(command.index("--standalone"), "--max-restarts=1")
+    process = subprocess.Popen(command, env=environment())
+    while not t.saved(run, t.INDEX_FILE):
+        if process.poll() is not None:
+            sys.exit(f"node.py: the run ended with status {process.returncode} before its first checkpoint")
+        time.sleep(0.001)
+    victim = children(process.pid)[-1]
+    os.kill(victim, signal.SIGKILL)
+    killed_at = time.monotonic()
+    say(f"killed process {victim}, one of {n_ranks}")
+    if process.wait():
+        sys.exit(f"node.py: the run ended with status {process.returncode}")
+    log = (run / "log.txt").read_text()
+    resumed = re.findall(r"^resumed at step \d+", log, re.MULTILINE)
+    if not resumed:
+        sys.exit("node.py: the run ended before the kill; nothing was resumed")
+    say(f"{resumed[-1]}; over {time.monotonic() - killed_at:.0f} s after the kill")
+    assert_close("the resumed run", *map(losses_of, (run, undisturbed, options.folder / "seed1")))
+
+
+# ---- a track's recipe, cut down
+
+
+def gpu_gb():
+    """Of one GPU; without one, of those that the tracks are made for."""
+    if not ON_GPU:
+        return t.GPU_GB
+    return torch.cuda.get_device_properties(0).total_memory / 1e9
+
+
+def require_memory(track, plan, m):
+    """Leave the step out where the track's recipe does not fit in a GPU."""
+    needed = memory_gb(plan, m)
+    if needed + t.RESERVE_GB > gpu_gb():
+        needs = f"{needed:.1f} GB by --dry_run, and {t.RESERVE_GB} in reserve"
+        say(f"{track} on {m.world_size} GPU(s): needs {needs}; a GPU has {gpu_gb():.1f}")
+        sys.exit(SKIPPED)
+
+
+def undisturbed_steps(entries, plan):
+    """{FLOPs of a step: seconds of each such step}, of lines of metrics.jsonl: without a phase's first step,
+    and without those that an evaluation or a save, which goes on in the background, may slow down."""
+    found = {}
+    for before, entry in zip(entries, entries[1:]):
+        if before["model"] != entry["model"]:
+            continue
+        model = plan[entry["model"] - 1]
+        at = entry["step"] - 1
+        save_every = model.c.save_every
+        begins_phase = model.step_flops[at] != model.step_flops[at - 1]
+        beside_save = at >= save_every and at % save_every < save_every // 2
+        if not begins_phase and not beside_save and before["val_loss"] is None:
+            found.setdefault(model.step_flops[at], []).append(entry["seconds"] - before["seconds"])
+    return found
+
+
+def seconds_after_saves(entries, plan):
+    """What the steps take that follow a save, with the copy that it makes."""
+    found = []
+    for before, entry in zip(entries, entries[1:]):
+        if before["model"] == entry["model"] and before["step"] % plan[0].c.save_every == 0:
+            found.append(entry["seconds"] - before["seconds"])
+    return found
+
+
+def preset(options):
+    track = options.track
+    n_ranks = min(options.n_ranks, ranks_of(track))
+    cut = recipe(track, n_ranks, options.steps, options.data)
+    plan, m = planned(cut, n_ranks, options.steps)
+    require_memory(track, plan, m)
+    run = options.folder / track
+    held = train(run, n_ranks, cut, options.steps)
+    entries = metrics_of(run)
+    seconds = {flops: statistics.median(taken) for flops, taken in undisturbed_steps(entries, plan).items()}
+    product = json.loads((options.folder / "product.json").read_text())
+    for flops, taken in seconds.items():
+        per_gpu = flops / taken / n_ranks
+        say(
+            f"{track}: {taken:.3f} s for a step of {flops:.4g} FLOPs on {n_ranks} rank(s), away from saves: "
+            f"{per_gpu / 1e12:.4g} TFLOP/s each, {per_gpu / t.GPU_FLOPS:.1%} of an H100's "
+            f"{t.GPU_FLOPS / 1e12:.0f}, {per_gpu / product:.1%} of a matrix product's here"
+        )
+    after_saves = ", ".join(f"{taken:.3f}" for taken in seconds_after_saves(entries, plan))
+    shard = max(t.shard_size(model, m) for model in plan)
+    copy = f"{shard * t.COPY_SECONDS_PER_GB:.3f} s by --dry_run for a copy of {shard:.2f} GB"
+    say(f"{track}: steps after a save {after_saves} s; {copy}")
+    peak = re.search(r"peak memory (\d+) MiB", (run / "log.txt").read_text())
+    peak = int(peak[1]) * 2**20 / 1e9
+    of_what = "of a GPU" if ON_GPU else "of a process on the host, which is another thing"
+    say(
+        f"{track}: peak memory {peak:.2f} GB {of_what}; {memory_gb(plan, m):.2f} by --dry_run, "
+        f"{held / 1e9:.2f} with all that the driver counts"
+    )
+    measured = {
+        "n_ranks": n_ranks,
+        "seconds_per_flop": max(taken / flops for flops, taken in seconds.items()),
+        "startup": entries[0]["seconds"],
+        "peak": peak,
+        "estimated": memory_gb(plan, m),
+        "gpu": gpu_gb() if ON_GPU else None,
+    }
+    (options.folder / f"{track}.json").write_text(json.dumps(measured))
+    shutil.rmtree(run)  # its checkpoints are large
+
+
+# ---- profile
+
+
+def profile(options):
+    """Three steps of a recipe's last phase. Of a node's ranks the first one tells."""
+    track = options.track
+    n_ranks = min(options.n_ranks, ranks_of(track))
+    if "RANK" not in os.environ:
+        sys.exit(subprocess.run(torchrun(n_ranks, __file__, *sys.argv[1:])).returncode)
+    cut = recipe(track, n_ranks, options.steps, options.data)
+    given, args = t.parse_args([*words(cut), *([] if ON_GPU else TOY_COMMAND)])
+    c = t.make_config(given)
+    m = t.setup_machine(c, args)
+    t.set_compiled(m, args.compile)
+    folder = t.find_data(c, m)
+    c = t.with_vocabulary(c, t.read_json(folder / "meta.json", t.check_meta))
+    tokens = t.read_shard(folder / "train.bin", c.vocab_size)[: c.train_tokens]
+    plan = t.training_plan(c, t.Lookup(tokens, c).training_inputs(), m, options.steps)
+    require_memory(track, plan, m)
+    model = plan[-1]
+    t.compile_all([model], m)
+    p, teacher = t.made_up_weights(model, m)
+    optimizer = t.MuonAdamW(p, c, m)
+
+    def steps(n):
+        for _ in range(n):
+            t.train_step(p, optimizer, model, options.steps - 1, m, teacher)
+
+    steps(2)
+    n_steps = 3
+    kind = torch.profiler.ProfilerActivity.CUDA if ON_GPU else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[kind]) as profiler:
+        taken = bench.seconds_of(lambda: steps(n_steps), m)
+    if m.is_main:
+        report_profile(profiler.key_averages(), taken, n_steps)
+    t.barrier(m)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def report_profile(events, taken, n_steps):
+    spent = {}
+    for event in events:
+        if not event.is_user_annotation:  # these stand for the kernels inside, which are there themselves
+            spent[event.key] = event.self_device_time_total if ON_GPU else event.self_cpu_time_total
+    total = sum(spent.values())
+    counts = {event.key: event.count for event in events}
+    say(f"{n_steps} steps in {taken:.3f} s, {total / 1e6:.3f} s of them in kernels; a step's ten largest:")
+    for name, microseconds in sorted(spent.items(), key=lambda item: -item[1])[:10]:
+        share = microseconds / total
+        calls = counts[name] / n_steps
+        say(f"  {microseconds / n_steps / 1e3:9.3f} ms {share:6.1%} {calls:7.1f} calls  {name[:80]}")
+
+
+# ---- verdict
+
+
+def verdict_on(track, measured):
+    """What a full run of a track would take, by what `preset` has measured of it: lines."""
+    n_ranks = ranks_of(track)
+    plan, m = planned({"track": track}, n_ranks)
+    c = plan[0].c
+    cap = t.read_rules(track)["max_seconds"]
+    # On fewer GPUs, each has had the share of one of the track's.
+    per_flop = measured["seconds_per_flop"] * measured["n_ranks"] / n_ranks
+    startup = measured["startup"]
+    beside = startup + t.seconds_left(plan, 0, 0.0, m)
+    seconds = startup + t.seconds_left(plan, 0, per_flop, m)
+    allowed = t.FIT_SHARE * cap
+    lines = [f"{track}: {seconds:,.0f} s of {cap:,} on {n_ranks} GPU(s), from {measured['n_ranks']} measured"]
+    if seconds > allowed:
+        missed = f"{seconds - cap:,.0f} s too long" if seconds > cap else "too close to the limit"
+        faster = (seconds - beside) / (allowed - beside) - 1
+        try:
+            fitted, then = t.shortened(c, m, cap, startup, per_flop)
+            remedy = f"--epochs {fitted.epochs:g} instead of {c.epochs:g} takes {then:,.0f} s; --fit finds it"
+            lines.append(f"  {missed}: {remedy}; at steps {faster:.1%} faster all of them would fit")
+        except t.UserError as e:
+            lines.append(f"  {missed}: {e}")
+    if measured["gpu"]:
+        lines += memory_verdict(c, plan, m, measured)
+    return lines
+
+
+def memory_verdict(c, plan, m, measured):
+    off = measured["peak"] / measured["estimated"]
+    limit = measured["gpu"] - t.RESERVE_GB
+    needed = off * memory_gb(plan, m)
+    line = f"  {needed:.1f} GB of {measured['gpu']:.1f}; measured {off:.2f} times what --dry_run says"
+    if needed <= limit:
+        return [line]
+    device_tokens = c.device_tokens
+    while needed > limit and device_tokens >= 2 * c.seq_len:
+        device_tokens //= 2
+        needed = off * memory_gb(*planned({"track": c.track, "device_tokens": device_tokens}, m.world_size))
+    if needed > limit:
+        return [line, "  too much with any --device_tokens: lower --n_embd or --n_layer"]
+    remedy = f"--device_tokens {device_tokens} instead of {c.device_tokens} takes {needed:.1f} GB"
+    return [line, f"  leaves less than {t.RESERVE_GB} GB: {remedy}"]
+
+
+def verdict(options):
+    for track in options.tracks:
+        path = options.folder / f"{track}.json"
+        if path.exists():
+            say("\n".join(verdict_on(track, json.loads(path.read_text()))))
+        else:
+            say(f"{track}: not measured")
+
+
+# ---- main
+
+
+STEPS = {f.__name__: f for f in (check, attention, ranks, resume, preset, profile, verdict)}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("step", choices=STEPS)
+    parser.add_argument("tracks", nargs="*", metavar="TRACK", help=f"{', '.join(TRACKS)} [all]")
+    parser.add_argument("--folder", type=Path, required=True, help="for runs and what was measured")
+    parser.add_argument("--data", default="mini" if ON_GPU else "pocket", help="as --data of train_gpt.py")
+    parser.add_argument(
+        "--ranks", default="1 2 8", help="numbers of ranks to compare, as far as GPUs are there"
+    )
+    parser.add_argument("--steps", type=int, default=24 if ON_GPU else 9, help="of a recipe that is cut down")
+    options = parser.parse_args()
+    options.tracks = options.tracks or TRACKS
+    for track in options.tracks:
+        if track not in TRACKS:
+            parser.error(f"{track}: choose from {', '.join(TRACKS)}")
+    options.track = options.tracks[0]
+    options.ranks = [int(n) for n in options.ranks.split()]
+    options.n_ranks = 2
+    if ON_GPU:
+        n_gpus = torch.cuda.device_count()
+        options.ranks = [n for n in options.ranks if n <= n_gpus]
+        options.n_ranks = max(n for n in (1, 2, 4, 8) if n <= n_gpus)  # that divide every batch
+    try:
+        STEPS[options.step](options)
+    except t.UserError as e:
+        sys.exit(f"node.py: {e}")
+
+
+if __name__ == "__main__":
+    main()

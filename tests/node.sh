@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# The first hour on a rented node, of one GPU or eight: does training work there, and how fast is it?
+#
+#     bash tests/node.sh                 every track for GPUs
+#     bash tests/node.sh solo tiny       these tracks alone
+#
+# It ends at once, and says what to do, where the machine cannot work. Otherwise it runs the steps below, each with its
+# limit of time, and ends with a table of them. What it prints is also in node.txt: the file to send in.
+#
+# In the environment: DATA, as --data of train_gpt.py (mini; made by `python data/prepare.py mini`), and RANKS, the
+# numbers of ranks that are compared ("1 2 8", as far as there are GPUs). Without a GPU everything has the size of a toy,
+# trains on pocket, and its ranks meet over gloo: so this script is tested.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+tracks=("$@")
+if [ $# = 0 ]; then
+    tracks=(mini solo tiny limited two_hour unlimited)
+fi
+profiled=${tracks[0]}
+for track in "${tracks[@]}"; do
+    if [ "$track" = limited ]; then
+        profiled=limited
+    fi
+done
+# Those that compute on a GPU where there is one. Without one, the project's own tests are these.
+tests=(tests/test_gpu_path.py)
+if nvidia-smi -L >/dev/null 2>&1; then
+    tests+=(tests/test_model.py tests/test_optim.py)
+fi
+
+mkdir -p runs
+folder=$(mktemp -d runs/node.XXXXXX)
+trap 'rm -rf "$folder"' EXIT
+options=(--folder "$folder" ${DATA:+--data "$DATA"} ${RANKS:+--ranks "$RANKS"})
+table=()
+failed=0
+
+step() {  # NAME SECONDS COMMAND...
+    local name=$1 limit=$2 began=$SECONDS status outcome
+    shift 2
+    printf '\n==== %s\n' "$name"
+    timeout --kill-after=60 "$limit" "$@"
+    status=$?
+    case $status in
+        0) outcome=ok ;;
+        3) outcome=skipped ;;
+        124 | 137) outcome="over its limit" ;;
+        *) outcome="FAILED, status $status" ;;
+    esac
+    if [ "$status" != 0 ] && [ "$status" != 3 ]; then
+        failed=1
+    fi
+    table+=("$(printf '%-20s %-18s %5d s of %5d' "$name" "$outcome" $((SECONDS - began)) "$limit")")
+    return "$status"
+}
+
+hour() {
+    date -u
+    step check 300 python tests/node.py check "${tracks[@]}" "${options[@]}" || return
+    step "reference tests" 900 python -m pytest -q -n 0 "${tests[@]}"
+    step attention 300 python tests/node.py attention "${options[@]}"
+    step ranks 1200 python tests/node.py ranks "${options[@]}"
+    step resume 600 python tests/node.py resume "${options[@]}"
+    for track in "${tracks[@]}"; do
+        step "$track" 1200 python tests/node.py preset "$track" "${options[@]}"
+    done
+    step "profile of $profiled" 600 python tests/node.py profile "$profiled" "${options[@]}"
+    step verdict 300 python tests/node.py verdict "${tracks[@]}" "${options[@]}"
+}
+
+{
+    hour
+    printf '\n==== table\n'
+    printf '%s\n' "${table[@]}"
+    exit "$failed"
+} 2>&1 | tee node.txt
