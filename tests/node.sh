@@ -12,6 +12,10 @@
 # trains on pocket, and its ranks meet over gloo: so this script is tested.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+if ! python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))'; then
+    echo "node.sh: python has no torch; pip install -r requirements.txt, in the environment that is active" >&2
+    exit 2
+fi
 tracks=("$@")
 if [ $# = 0 ]; then
     tracks=(mini solo tiny limited two_hour unlimited)
