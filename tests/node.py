@@ -114,10 +114,18 @@ def torchrun(n_ranks, *argv):
     return [sys.executable, *launcher, *map(str, argv)]
 
 
-def environment():
-    # Otherwise a rank that is started again can meet a dead one's address (pytorch issue 135712). One thread
-    # is torchrun's own choice, of which it warns.
-    return {"OMP_NUM_THREADS": "1"} | os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+@contextlib.contextmanager
+def running(command):
+    """A process that does not outlive this one: what the next step measures would suffer."""
+    # Without the first, a rank that is started again can meet a dead one's address (pytorch issue 135712).
+    # The second is torchrun's own choice, of which it would warn.
+    settings = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=settings | os.environ)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def train(run, n_ranks, options, steps):
@@ -125,12 +133,13 @@ def train(run, n_ranks, options, steps):
     the driver, in bytes."""
     argv = [*words(options), f"--steps={steps}", f"--run_dir={run}", *([] if ON_GPU else TOY_COMMAND)]
     say(f"$ torchrun --nproc_per_node={n_ranks} train_gpt.py {' '.join(argv)}")
-    process = subprocess.Popen(torchrun(n_ranks, ROOT / "train_gpt.py", *argv), env=environment())
     held = 0
-    while process.poll() is None:
-        held = max([held, *(int(mib) * 2**20 for [mib] in query_gpus("memory.used"))])
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(2)
+    with running(torchrun(n_ranks, ROOT / "train_gpt.py", *argv)) as process:
+        while process.poll() is None:
+            used, _ = query_gpus("memory.used")
+            held = max([held, *(int(mib) * 2**20 for mib in used if mib.isdigit())])
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(2)
     if process.returncode:
         sys.exit(f"node.py: the run ended with status {process.returncode}")
     return held
@@ -149,13 +158,16 @@ def losses_of(run):
 # ---- check
 
 
-def query_gpus(fields):
-    """What nvidia-smi says of each GPU, a list of texts; of none where there is no nvidia-smi."""
+def query_gpus(field):
+    """(what nvidia-smi says of each GPU, a list of texts; why it says nothing). Neither where there is no
+    nvidia-smi."""
     if not shutil.which("nvidia-smi"):
-        return []
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
-    out = subprocess.run(command, capture_output=True, text=True).stdout
-    return [line.split(", ") for line in out.splitlines()]
+        return [], ""
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return [], (done.stdout + done.stderr).strip().partition("\n")[0] or "no message"
+    return done.stdout.splitlines(), ""
 
 
 # The oldest driver that runs each major version of CUDA (NVIDIA's release notes of CUDA, table "CUDA Toolkit
@@ -167,7 +179,8 @@ DRIVERS = {12: 525, 13: 580}
 class Machine:
     """What is known of a machine before anything runs on it."""
 
-    drivers: list  # of each GPU that nvidia-smi shows, such as "580.65.06"
+    broken: str  # why nvidia-smi shows nothing, though it is there
+    drivers: list  # of each GPU that it shows, such as "580.65.06"
     capabilities: list  # of each, such as "9.0"
     used: list  # MiB of each GPU's memory that is taken
     cuda: str | None  # that torch is built for
@@ -185,6 +198,8 @@ class Machine:
 def problems(machine):
     """Reasons why nothing can be measured here, one line each, with the remedy."""
     found = []
+    if machine.broken:
+        found.append(f"nvidia-smi: {machine.broken}; mend the driver")
     if machine.drivers and not machine.cuda:
         found.append("torch is built for CPUs alone: pip install -r requirements.txt in a new environment")
     elif machine.drivers and not machine.usable:
@@ -245,11 +260,14 @@ def this_machine(options):
     folder = t.data_folder(t.make_config({"data": options.data}))
     # pocket's shards are made on the spot
     has_data = options.data == "pocket" or (folder / "meta.json").exists()
-    gpus = query_gpus("driver_version,compute_cap,memory.used")
+    drivers, broken = query_gpus("driver_version")
+    capabilities, _ = query_gpus("compute_cap")  # an old driver does not know the field
+    used, _ = query_gpus("memory.used")
     return Machine(
-        drivers=[driver for driver, _, _ in gpus],
-        capabilities=[capability for _, capability, _ in gpus],
-        used=[int(used) for _, _, used in gpus],
+        broken=broken,
+        drivers=drivers,
+        capabilities=capabilities,
+        used=[int(mib) for mib in used if mib.isdigit()],
         cuda=torch.version.cuda,
         usable=ON_GPU,
         error=error,
@@ -266,8 +284,8 @@ def this_machine(options):
 def check(options):
     machine = this_machine(options)
     say(f"python {sys.version.split()[0]}, torch {torch.__version__}, built for CUDA {torch.version.cuda}")
-    for gpu in query_gpus("index,name,memory.total,driver_version,compute_cap,power.limit,clocks.max.sm"):
-        say(f"GPU {', '.join(gpu)}")
+    for gpu in query_gpus("index,name,memory.total,driver_version,power.limit,clocks.max.sm")[0]:
+        say(f"GPU {gpu}")
     if machine.drivers:
         subprocess.run(["nvidia-smi", "topo", "-m"])
     say(f"disk: {gigabytes(machine.free_disk)} free, checkpoints need {gigabytes(machine.needed_disk)}")
@@ -281,18 +299,17 @@ def check(options):
         sys.exit(2)
     if machine.data == "pocket":
         t.find_data(t.Config(), t.Machine(torch.device("cpu"), torch.float32))
-    _, m = one_rank()
+    m = one_rank()
     say(f"{t.hardware(m)}, {os.cpu_count()} cores; {m.reasons['attention']}")
     product = bench.matrix_product(m)
     say(f"a matrix product in {m.reasons['dtype']}: {product / 1e12:.4g} TFLOP/s")
     (options.folder / "product.json").write_text(json.dumps(product))
 
 
-def one_rank(*argv):
-    """(Config, Machine) of this process alone."""
-    given, args = t.parse_args([*argv, *([] if ON_GPU else TOY_COMMAND)])
-    c = t.make_config({"track": "mini"} | given)
-    return c, t.setup_machine(c, args)
+def one_rank():
+    """The script's Machine of this process alone."""
+    given, args = t.parse_args([] if ON_GPU else TOY_COMMAND)
+    return t.setup_machine(t.make_config({"track": "mini"} | given), args)
 
 
 # ---- attention
@@ -300,7 +317,7 @@ def one_rank(*argv):
 
 def attention(options):
     """Outputs and gradients at the presets' shapes, of documents of many lengths."""
-    c, m = one_rank()
+    m = one_rank()
     shape = (2, 2048, 14, 128) if ON_GPU else (2, 128, 2, 16)
     B, T = shape[:2]
     g = torch.Generator().manual_seed(0)
@@ -391,17 +408,17 @@ def resume(options):
     argv += [] if ON_GPU else TOY_COMMAND
     command = torchrun(n_ranks, ROOT / "train_gpt.py", *argv)
     command.insert(command.index("--standalone"), "--max-restarts=1")
-    process = subprocess.Popen(command, env=environment())
-    while not t.saved(run, t.INDEX_FILE):
-        if process.poll() is not None:
-            sys.exit(f"node.py: the run ended with status {process.returncode} before its first checkpoint")
-        time.sleep(0.001)
-    victim = children(process.pid)[-1]
-    os.kill(victim, signal.SIGKILL)
-    killed_at = time.monotonic()
-    say(f"killed process {victim}, one of {n_ranks}")
-    if process.wait():
-        sys.exit(f"node.py: the run ended with status {process.returncode}")
+    with running(command) as process:
+        while not t.saved(run, t.INDEX_FILE) and process.poll() is None:
+            time.sleep(0.001)
+        ranks_left = children(process.pid)
+        if not ranks_left:
+            sys.exit("node.py: the run ended before its first checkpoint, or at it")
+        os.kill(ranks_left[-1], signal.SIGKILL)
+        killed_at = time.monotonic()
+        say(f"killed process {ranks_left[-1]}, one of {n_ranks} ranks")
+        if process.wait():
+            sys.exit(f"node.py: the run ended with status {process.returncode}")
     log = (run / "log.txt").read_text()
     resumed = re.findall(r"^resumed at step \d+", log, re.MULTILINE)
     if not resumed:
@@ -504,7 +521,8 @@ def profile(options):
     track = options.track
     n_ranks = min(options.n_ranks, ranks_of(track))
     if "RANK" not in os.environ:
-        sys.exit(subprocess.run(torchrun(n_ranks, __file__, *sys.argv[1:])).returncode)
+        with running(torchrun(n_ranks, __file__, *sys.argv[1:])) as process:
+            sys.exit(process.wait())
     cut = recipe(track, n_ranks, options.steps, options.data)
     given, args = t.parse_args([*words(cut), *([] if ON_GPU else TOY_COMMAND)])
     c = t.make_config(given)
@@ -626,9 +644,6 @@ def main():
     parser.add_argument("--steps", type=int, default=24 if ON_GPU else 9, help="of a recipe that is cut down")
     options = parser.parse_args()
     options.tracks = options.tracks or TRACKS
-    for track in options.tracks:
-        if track not in TRACKS:
-            parser.error(f"{track}: choose from {', '.join(TRACKS)}")
     options.track = options.tracks[0]
     options.ranks = [int(n) for n in options.ranks.split()]
     options.n_ranks = 2
@@ -636,10 +651,15 @@ def main():
         n_gpus = torch.cuda.device_count()
         options.ranks = [n for n in options.ranks if n <= n_gpus]
         options.n_ranks = max(n for n in (1, 2, 4, 8) if n <= n_gpus)  # that divide every batch
+    # When its time is over, it ends what it has started before it ends itself.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     try:
+        for track in options.tracks:
+            t.require(track in TRACKS, f"{track}: no track for GPUs; choose from {', '.join(TRACKS)}")
         STEPS[options.step](options)
     except t.UserError as e:
-        sys.exit(f"node.py: {e}")
+        say(f"node.py: {e}")
+        sys.exit(e.status)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@
 #     bash tests/node.sh solo tiny       these tracks alone
 #
 # It ends at once, and says what to do, where the machine cannot work. Otherwise it runs the steps below, each with its
-# limit of time, and ends with a table of them. What it prints is also in node.txt: the file to send in.
+# limit of time, and ends with a table of them. What it prints is also in node.txt: the file to send in. Status 0: all
+# went well; 1: a step failed, or took too long; 2: the machine cannot work.
 #
-# In the environment: DATA, as --data of train_gpt.py (mini; made by `python data/prepare.py mini`), and RANKS, the
-# numbers of ranks that are compared ("1 2 8", as far as there are GPUs). Without a GPU everything has the size of a toy,
-# trains on pocket, and its ranks meet over gloo: so this script is tested.
+# In the environment: DATA, as --data of train_gpt.py (mini; made by `python data/prepare.py mini`); RANKS, the numbers
+# of ranks that are compared ("1 2 8", as far as there are GPUs); FILE, in place of node.txt. Without a GPU everything
+# has the size of a toy, trains on pocket, and its ranks meet over gloo: so this script is tested.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 if ! python -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))'; then
@@ -55,12 +56,15 @@ step() {  # NAME SECONDS COMMAND...
         failed=1
     fi
     table+=("$(printf '%-20s %-18s %5d s of %5d' "$name" "$outcome" $((SECONDS - began)) "$limit")")
-    return "$status"
 }
 
 hour() {
     date -u
-    step check 300 python tests/node.py check "${tracks[@]}" "${options[@]}" || return
+    step check 300 python tests/node.py check "${tracks[@]}" "${options[@]}"
+    if [ "$failed" != 0 ]; then
+        failed=2
+        return
+    fi
     step "reference tests" 900 python -m pytest -q -n 0 "${tests[@]}"
     step attention 300 python tests/node.py attention "${options[@]}"
     step ranks 1200 python tests/node.py ranks "${options[@]}"
@@ -77,4 +81,4 @@ hour() {
     printf '\n==== table\n'
     printf '%s\n' "${table[@]}"
     exit "$failed"
-} 2>&1 | tee node.txt
+} 2>&1 | tee "${FILE:-node.txt}"
