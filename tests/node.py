@@ -316,13 +316,16 @@ def one_rank():
 
 
 def attention(options):
-    """Outputs and gradients at the presets' shapes, of documents of many lengths."""
+    """Outputs and gradients at the presets' shapes: a row that is one document, in which windows count, and
+    one of sixteen documents or so."""
     m = one_rank()
     shape = (2, 2048, 14, 128) if ON_GPU else (2, 128, 2, 16)
     B, T = shape[:2]
     g = torch.Generator().manual_seed(0)
     inputs = [torch.randn(shape, generator=g).to(m.device, m.dtype) for _ in range(4)]
-    starts = (torch.rand(B, T, generator=g) < 8 / T).to(m.device)
+    starts = torch.rand(B, T, generator=g) < 16 / T
+    starts[0] = False
+    starts = starts.to(m.device)
     kinds = ("varlen", "flex", "sdpa") if ON_GPU else ("sdpa",)
     # Each of the four products in a row rounds its factors to the dtype, by up to half of eps; sums over T
     # numbers are in float32.
@@ -336,7 +339,7 @@ def attention(options):
         y = t.attention(*heads, mask, kind)
         return [y.detach(), *torch.autograd.grad(y, heads, grad)]
 
-    for window in (T // 2, T):
+    for window in (T // 16, T // 2, T):
         expected = outputs("sdpa", window, torch.float64)
         for kind in kinds:
             try:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import node
 import train_gpt as t
@@ -42,7 +43,7 @@ def test_the_hour_at_toy_size(tiny_data, tmp_path):
     assert (tmp_path / "node.txt").read_text() == out
     steps = ["check", "reference tests", "attention", "ranks", "resume", "limited", "profile of limited"]
     assert table(out) == dict.fromkeys([*steps, "verdict"], "ok")
-    assert out.count("sdpa, window") == out.count(": agrees; off by") == 2
+    assert out.count("sdpa, window") == out.count(": agrees; off by") == 3
     assert len(re.findall(r"^(ranks2 against ranks1|the resumed run): largest difference", out, re.M)) == 2
     assert re.search(r"^resumed at step \d+; over", out, re.M)
     # of the recipe's two phases
@@ -219,19 +220,24 @@ def test_memory_decides_what_is_left_out(monkeypatch):
 
 
 def test_wrong_attention_is_found(monkeypatch):
-    """A window that is one token too long, in one of the two precisions that are compared."""
+    """A window that is one token too long, and documents that see those before them, in one of the two
+    precisions that are compared."""
     node.attention(None)
     masks = t.attention_masks
 
     def longer(starts, windows, impl, dtype):
-        if dtype == t.torch.float64:
+        if dtype == torch.float64:
             return masks(starts, windows, impl, dtype)
         return {window: masks(starts, [window + 1], impl, dtype)[window + 1] for window in windows}
 
-    monkeypatch.setattr(t, "attention_masks", longer)
-    with pytest.raises(SystemExit) as stopped:
-        node.attention(None)
-    assert stopped.value.code == 1
+    def through(starts, windows, impl, dtype):
+        return masks(starts & (dtype == torch.float64), windows, impl, dtype)
+
+    for wrong in (longer, through):
+        monkeypatch.setattr(t, "attention_masks", wrong)
+        with pytest.raises(SystemExit) as stopped:
+            node.attention(None)
+        assert stopped.value.code == 1
 
 
 def test_runs_that_differ():
@@ -265,9 +271,11 @@ def test_a_track_that_fits():
     assert line == f"limited: {seconds_of_limited(0.42):,.0f} s of 3,600 on 8 GPU(s), from 1 measured"
 
 
-@pytest.mark.parametrize("utilization,missed", [(0.3, r"\d+ s too long"), (0.39, "too close to the limit")])
+@pytest.mark.parametrize(
+    "utilization,missed", [(0.3, r"[\d,]+ s too long"), (0.39, "too close to the limit")]
+)
 def test_what_to_lower_for_the_clock(utilization, missed):
-    """The epochs that it names fit, a fiftieth more do not; nor would they at less than the speed it names."""
+    """The epochs that it names fit, a fiftieth more do not; and at the speed that it names all would."""
     _, line = node.verdict_on("limited", measured_at(utilization))
     found = re.fullmatch(
         rf"  {missed}: --epochs (\S+) instead of 11 takes ([\d,]+) s; --fit finds it; "
