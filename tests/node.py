@@ -373,7 +373,7 @@ def assert_close(name, losses, expected, other_seed):
         sys.exit(f"node.py: {name}: {len(losses)} steps instead of {len(expected)}")
     share = np.abs(losses - expected).mean() / np.abs(other_seed - expected).mean()
     largest = np.abs(losses - expected).max()
-    say(f"{name}: largest difference of a step's loss {largest:.2e}, mean {share:.1%} of another seed's")
+    say(f"{name}: largest difference of a step's loss {largest:.2e}, mean {share:.2g} of another seed's")
     if not share < SPREAD:
         for step, (a, b) in enumerate(zip(losses, expected), start=1):
             say(f"  step {step}: {a:.6f}, expected {b:.6f}")
@@ -381,11 +381,11 @@ def assert_close(name, losses, expected, other_seed):
 
 
 def ranks(options):
-    recipe = comparable(options.data)
+    compared = comparable(options.data)
     numbers = options.ranks
     for n in numbers:
-        train(options.folder / f"ranks{n}", n, recipe, COMPARED_STEPS)
-    train(options.folder / "seed1", numbers[0], recipe | {"seed": 1}, COMPARED_STEPS)
+        train(options.folder / f"ranks{n}", n, compared, COMPARED_STEPS)
+    train(options.folder / "seed1", numbers[0], compared | {"seed": 1}, COMPARED_STEPS)
     one, *others = (options.folder / f"ranks{n}" for n in numbers)
     if not others:
         say(f"{numbers[0]} rank alone: nothing to compare")
