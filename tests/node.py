@@ -507,7 +507,7 @@ def preset(options):
     measured = {
         "n_ranks": n_ranks,
         "seconds_per_flop": max(taken / flops for flops, taken in seconds.items()),
-        "startup": entries[0]["seconds"],
+        "startup": entries[0]["seconds"],  # with the first step, which is the slowest
         "peak": peak,
         "estimated": memory_gb(plan, m),
         "gpu": gpu_gb() if ON_GPU else None,
@@ -523,10 +523,11 @@ def profile(options):
     """Three steps of a recipe's last phase. Of a node's ranks the first one tells."""
     track = options.track
     n_ranks = min(options.n_ranks, ranks_of(track))
+    cut = recipe(track, n_ranks, options.steps, options.data)
     if "RANK" not in os.environ:
+        require_memory(track, *planned(cut, n_ranks, options.steps))
         with running(torchrun(n_ranks, __file__, *sys.argv[1:])) as process:
             sys.exit(process.wait())
-    cut = recipe(track, n_ranks, options.steps, options.data)
     given, args = t.parse_args([*words(cut), *([] if ON_GPU else TOY_COMMAND)])
     c = t.make_config(given)
     m = t.setup_machine(c, args)
@@ -535,7 +536,6 @@ def profile(options):
     c = t.with_vocabulary(c, t.read_json(folder / "meta.json", t.check_meta))
     tokens = t.read_shard(folder / "train.bin", c.vocab_size)[: c.train_tokens]
     plan = t.training_plan(c, t.Lookup(tokens, c).training_inputs(), m, options.steps)
-    require_memory(track, plan, m)
     model = plan[-1]
     t.compile_all([model], m)
     p, teacher = t.made_up_weights(model, m)
