@@ -114,6 +114,11 @@ def torchrun(n_ranks, *argv):
     return [sys.executable, *launcher, *map(str, argv)]
 
 
+def on_ranks(n_ranks, *argv):
+    """The same; one rank starts as most people would start it."""
+    return torchrun(n_ranks, *argv) if n_ranks > 1 else [sys.executable, *map(str, argv)]
+
+
 @contextlib.contextmanager
 def running(command):
     """A process that does not outlive this one: what the next step measures would suffer."""
@@ -132,9 +137,10 @@ def train(run, n_ranks, options, steps):
     """Train a run that is cut down to so many steps. Returns the most memory that one GPU held meanwhile, by
     the driver, in bytes."""
     argv = [*words(options), f"--steps={steps}", f"--run_dir={run}", *([] if ON_GPU else TOY_COMMAND)]
-    say(f"$ torchrun --nproc_per_node={n_ranks} train_gpt.py {' '.join(argv)}")
+    command = on_ranks(n_ranks, ROOT / "train_gpt.py", *argv)
+    say(f"$ {' '.join(command)}")
     held = 0
-    with running(torchrun(n_ranks, ROOT / "train_gpt.py", *argv)) as process:
+    with running(command) as process:
         while process.poll() is None:
             used, _ = query_gpus("memory.used")
             held = max([held, *(int(mib) * 2**20 for mib in used if mib.isdigit())])
@@ -526,6 +532,7 @@ def profile(options):
     cut = recipe(track, n_ranks, options.steps, options.data)
     if "RANK" not in os.environ:
         require_memory(track, *planned(cut, n_ranks, options.steps))
+    if "RANK" not in os.environ and n_ranks > 1:
         with running(torchrun(n_ranks, __file__, *sys.argv[1:])) as process:
             sys.exit(process.wait())
     given, args = t.parse_args([*words(cut), *([] if ON_GPU else TOY_COMMAND)])
