@@ -5,8 +5,9 @@
 #     bash tests/node.sh solo tiny       these tracks alone
 #
 # It ends at once, and says what to do, where the machine cannot work. Otherwise it runs the steps below, each with its
-# limit of time, and ends with a table of them. What it prints is also in node.txt: the file to send in. Status 0: all
-# went well; 1: a step failed, or took too long; 2: the machine cannot work.
+# limit of time, and ends with a table of them, after about 40 minutes on 8xH100: an estimate, nothing of it has been
+# measured. What it prints is also in node.txt, the file to send in. Status 0: all went well; 1: a step failed, or took
+# too long; 2: the machine cannot work.
 #
 # In the environment: DATA, as --data of train_gpt.py (mini; made by `python data/prepare.py mini`); RANKS, the numbers
 # of ranks that are compared ("1 2 8", as far as there are GPUs); FILE, in place of node.txt. Without a GPU everything
