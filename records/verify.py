@@ -351,9 +351,13 @@ def verify_distances(faults, sums):
                 )
 
 
+# Fields of a config in which the seeds of one recipe may differ: the seed, and what suits it to a machine.
+NOT_RECIPE = ("seed", "data", "cpu_threads", "device_tokens", "loss_chunk")
+
+
 def verify_recipes(faults, runs, configs):
-    """The runs of a record are seeds of one recipe: their configs differ in the seed alone."""
-    recipes = [config | {"seed": None, "data": None} for config in configs]
+    """The runs of a record are seeds of one recipe, on whatever machine each was trained."""
+    recipes = [config | dict.fromkeys(NOT_RECIPE) for config in configs]
     for run, recipe in zip(runs, recipes, strict=True):
         other = sorted(name for name in recipe | recipes[0] if recipe.get(name) != recipes[0].get(name))
         faults.expect(not other, run["log"], f"another recipe than {runs[0]['log']} has: {', '.join(other)}")

@@ -412,6 +412,17 @@ def test_tampered_records_are_named(copy, tamper, words):
     assert all(fault.startswith(name) and "\n" not in fault for fault in faults)
 
 
+def test_seeds_may_be_trained_on_different_machines(copy):
+    """With another number of threads, in smaller passes: what a machine asks for is no other recipe."""
+    root, folder = copy
+    for old, new in (
+        (b'"cpu_threads": ', b'"cpu_threads": 1'),
+        (b'"device_tokens": ', b'"device_tokens": 1'),
+    ):
+        replace(folder / "log_2.txt", old, new)
+    assert not any("recipe" in fault for fault in verify.verify_record(folder, root))
+
+
 @pytest.mark.parametrize("names, n_faults", [(["H100", "H200"], 2), (["H100", "cores"], 0), ([], 0)], ids=str)
 def test_hardware_of_the_track(copy, names, n_faults):
     """Of each of the two seeds, which have trained on a CPU's cores."""
