@@ -1203,15 +1203,16 @@ def loss_function(logits, targets, c, teacher_logits=None):
     logits: [n, V] float32. targets: [n, K], the K tokens of the next bag, weighted equally; -1 is ignored.
     teacher_logits: [n, V] of the model to learn from. With it the loss is (1 - alpha) * CE + alpha
     * temp**2 * KL(teacher || model), both at temperature temp (1503.02531)."""
-    counted = targets >= 0
     log_p = logits.log_softmax(-1)
-    ce = -(log_p.gather(1, targets.clamp_min(0)) * counted).sum()
+    # The gradient of gather() would be a [n, V] tensor of zeros, filled, added to and read again; that of
+    # nll_loss() is fused with the rest.
+    ce = sum(F.nll_loss(log_p, target, ignore_index=-1, reduction="sum") for target in targets.unbind(1))
     if teacher_logits is None:
         return ce, {"loss": ce}
     alpha, temp = c.distill_alpha, c.distill_temp
     log_q = (logits / temp).log_softmax(-1)
     log_teacher = (teacher_logits / temp).log_softmax(-1)
-    kl = ((log_teacher.exp() * (log_teacher - log_q)).sum(-1) * counted[:, 0]).sum()
+    kl = ((log_teacher.exp() * (log_teacher - log_q)).sum(-1) * (targets[:, 0] >= 0)).sum()
     return (1 - alpha) * ce + alpha * temp**2 * kl, {"loss": ce, "kl": kl}
 
 
@@ -2584,7 +2585,7 @@ def memory_estimate(model, m):
     # The head's copy in low precision, a teacher's, and the gradient of the micro-batch at hand.
     heads = (low * (2 if model.teachers else 1) + 4) * sizes_of["lm_head"]
     # Buffers that a compiled chunk_grad() holds: so many in low precision, and so many in float32.
-    per_logit = 3 * low + 6 * 4 if model.teachers else 2 * low + 3 * 4
+    per_logit = 3 * low + 4 * 4 if model.teachers else 2 * low + 2 * 4
     sizes = {
         "weights": 4 * n_weights,
         "optimizer": 4 * n_moments / m.world_size,
