@@ -1071,7 +1071,8 @@ def attention(q, k, v, mask, impl):
         cu_seqlens, window = mask
         T = q.size(1)
         flat = [x.flatten(0, 1) for x in (q, k, v)]  # [B * T, H, head_dim] each
-        y = varlen.varlen_attn(*flat, cu_seqlens, cu_seqlens, T, T, window_size=(window - 1, 0))
+        before = window - 1 if window < T else -1  # -1 chooses the causal kernel, faster than the local one
+        y = varlen.varlen_attn(*flat, cu_seqlens, cu_seqlens, T, T, window_size=(before, 0))
         return y.view(q.shape)
     if impl == "flex":
         y = compiled_flex(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask)

@@ -103,8 +103,10 @@ def test_flex_sees_the_same_pairs(exact, monkeypatch):
 
 def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, window_size):
     """What the flash kernel computes, one sequence after the other: it needs a GPU, the bookkeeping around it
-    does not."""
+    does not. A window of the whole row is told as -1, which is causal attention without a window."""
     assert cu_q is cu_k and cu_q.dtype == torch.int32 and window_size[1] == 0
+    before = max_q if window_size[0] == -1 else window_size[0]
+    assert before != max_q - 1
     y = torch.full_like(q, math.nan)
     for a, b in zip(cu_q.tolist(), cu_q.tolist()[1:]):
         assert 0 <= b - a <= max_q
@@ -112,7 +114,7 @@ def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, window_size):
             continue
         i = torch.arange(b - a)[:, None]
         j = torch.arange(b - a)
-        allowed = (j <= i) & (i - j <= window_size[0])
+        allowed = (j <= i) & (i - j <= before)
         scores = torch.einsum("ihd,jhd->hij", q[a:b], k[a:b]) / math.sqrt(q.size(-1))
         scores = scores.masked_fill(~allowed, -math.inf)
         y[a:b] = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[a:b])
