@@ -1366,11 +1366,11 @@ class MuonAdamW:
         size = len(self.state[name][0])
         return self.items(name, w)[self.m.rank * size :][:size]
 
-    def gather(self, shard, n, shard_size):
-        """All n items from every rank's shard, of which the last may be shorter than the others or empty."""
-        whole = shard.new_empty(shard_size * self.m.world_size, *shard.shape[1:])
-        dist.all_gather_into_tensor(whole, pad_items(shard, shard_size))
-        return whole[:n]
+    def gather(self, name, shard):
+        """(every rank's shard, one behind the other, and what fills up the last; pending communication)."""
+        size = len(self.state[name][0])
+        whole = shard.new_empty(size * self.m.world_size, *shard.shape[1:])
+        return whole, dist.all_gather_into_tensor(whole, pad_items(shard, size), async_op=True)
 
     @torch.no_grad()
     def step(self, step, lr, wd, momentum):
@@ -1387,17 +1387,22 @@ class MuonAdamW:
                 grad = whole.new_empty(shard_size, *whole.shape[1:])
                 pending = dist.reduce_scatter_tensor(grad, whole, async_op=True)
             summed[name] = grad, pending
+        updated = []  # (items, every rank's new ones, pending communication): on the way during later updates
         for name, w in self.p.items():
             grad, pending = summed.pop(name)
             if pending:
                 pending.wait()
             self.update(name, w, grad, step, lr, wd, momentum)
+            if pending:
+                updated.append((self.items(name, w), *self.gather(name, self.shard(name, w))))
+        for items, whole, pending in updated:
+            pending.wait()
+            items.copy_(whole[: len(items)])
 
     def update(self, name, w, grad, step, lr, wd, momentum):
-        """Update this rank's shard of one parameter, and send it to everyone."""
+        """Update this rank's shard of one parameter."""
         c = self.c
         entry = self.table[name]
-        items = self.items(name, w)
         first, second = self.state[name]
         shard = self.shard(name, w)
         n = len(shard)
@@ -1408,8 +1413,6 @@ class MuonAdamW:
             muon_update(shard, grad[:n], *moments, lr, decay, momentum, c.muon_beta2, self.m.dtype)
         else:
             adamw_update(shard, grad[:n], first[:n], second[:n], lr, decay, c.adam_beta1, c.adam_beta2, step)
-        if self.m.world_size > 1:
-            items.copy_(self.gather(shard, len(items), len(first)))
 
     @torch.no_grad()
     def state_dict(self, ema=None):
