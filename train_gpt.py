@@ -1373,6 +1373,19 @@ class MuonAdamW:
         return whole, dist.all_gather_into_tensor(whole, pad_items(shard, size), async_op=True)
 
     @torch.no_grad()
+    def whole(self, shards):
+        """{name: tensor of the parameter's shape} of which each rank has its shard."""
+        if self.m.world_size == 1:
+            return {name: shard.view(self.p[name].shape) for name, shard in shards.items()}
+        whole = {}
+        for name, shard in shards.items():
+            items, pending = self.gather(name, shard)
+            pending.wait()
+            w = self.p[name]
+            whole[name] = items[: len(self.items(name, w))].view(w.shape)
+        return whole
+
+    @torch.no_grad()
     def step(self, step, lr, wd, momentum):
         """lr and wd: multiples of the config's (see schedules). Drops the gradients, p[name].grad."""
         summed = {}  # name -> (gradient of this rank's shard, pending communication)
@@ -1416,28 +1429,29 @@ class MuonAdamW:
 
     @torch.no_grad()
     def state_dict(self, ema=None):
-        """{name: {kind: items}} of this rank's shard of the weights, both moments and, if there is one, their
-        average: a copy in the memory of the CPU, which later steps do not change."""
+        """{name: {kind: items}} of this rank's shard of the weights, both moments and, if there is one, the
+        weights' average: a copy in the memory of the CPU, which later steps do not change. ema: {name: this
+        rank's shard}."""
         copies = {}
         for name, w in self.p.items():
             first, second = self.state[name]
             shard = self.shard(name, w)
             kinds = {"w": shard, "first": first[: len(shard)], "second": second[: len(shard)]}
             if ema:
-                kinds["ema"] = self.shard(name, ema[name])
+                kinds["ema"] = ema[name]
             copies[name] = {kind: items.to("cpu", copy=True) for kind, items in kinds.items()}
         return copies
 
     @torch.no_grad()
     def load_state_dict(self, shards, ema=None):
         """Take over what state_dict() returned on the ranks of a run, in their order, however many they were:
-        the moments of this rank's shard, and all of the weights and of their average."""
+        all of the weights, and this rank's shard of the rest."""
         for name, w in self.p.items():
             first, second = self.state[name]
             start = self.m.rank * len(first)
             kinds = {"w": (self.items(name, w), 0), "first": (first, start), "second": (second, start)}
             if ema:
-                kinds["ema"] = (self.items(name, ema[name]), 0)
+                kinds["ema"] = (ema[name], start)
             for kind, (target, begin) in kinds.items():
                 at = -begin  # where the next part's items belong in the target
                 for part in (shard[name][kind] for shard in shards):
@@ -2408,8 +2422,10 @@ def train_model(run, model, shards, saver):
         p = first_weights(run, model)
     for w in p.values():
         w.requires_grad_()
-    ema = {name: w.detach().clone() for name, w in p.items()} if c.ema else None
     optimizer = MuonAdamW(p, c, m)
+    ema = None
+    if c.ema:
+        ema = {name: optimizer.shard(name, w.detach()).clone() for name, w in p.items()}
     if shards:
         load_shards(run.folder, shards, optimizer, ema)
     eval_after = {round(n_steps * (i + 1) / c.evals) for i in range(c.evals - 1)}
@@ -2426,8 +2442,8 @@ def train_model(run, model, shards, saver):
         losses = train_step(p, optimizer, model, step, m, teacher)
         if ema:
             decay = min(c.ema, (step + 1) / (step + 10))  # shorter at first: the initial weights fade
-            for name, w in ema.items():
-                w.lerp_(p[name].detach(), 1 - decay)
+            for name, average in ema.items():
+                average.lerp_(optimizer.shard(name, p[name].detach()), 1 - decay)
 
         # What follows is decided by sums over the ranks, and so is the same on all of them.
         flags = torch.tensor([float(bool(run.stop_requested)), float(saver.has_written)], device=m.device)
@@ -2463,7 +2479,9 @@ def train_model(run, model, shards, saver):
             ask_referee(run, "--seconds", f"{run.seconds() + left:.0f}")
         val_loss = None
         if step + 1 in eval_after:
-            val_loss = mean_nll(stream_nll(ema or p, run.eval_inputs, c, m))
+            weights = optimizer.whole(ema) if ema else p
+            val_loss = mean_nll(stream_nll(weights, run.eval_inputs, c, m))
+            del weights  # training needs the memory
             run.log(f"{model.name}eval {step + 1}/{n_steps} val_loss {val_loss:.4f} on {run.eval_name}")
         place = {"model": model.number + 1, "step": step + 1, "steps": n_steps, "epoch": epoch}
         rates = {"lr": lr, "tokens_per_second": speed, "seconds": run.progress["seconds"]}
@@ -2474,7 +2492,7 @@ def train_model(run, model, shards, saver):
             saver.wait()
             raise stopped(run, f"stopped at {where} and saved")
     saver.wait()
-    return ema or p
+    return optimizer.whole(ema) if ema else p
 
 
 def finish(run):
@@ -2578,9 +2596,9 @@ def memory_estimate(model, m):
     table = param_table(c)
     sizes_of = {name: math.prod(shape) for name, shape in param_shapes(c).items()}
     n = n_params(c)
-    n_weights = n * (2 if c.ema else 1) + (n_params(model.teachers[0].c) if model.teachers else 0)
-    moments = {"muon": 1, "adamw": 2}
-    n_moments = sum(moments[table[name].optimizer] * size for name, size in sizes_of.items())
+    n_weights = n + (n_params(model.teachers[0].c) if model.teachers else 0)
+    kept = {"muon": 1, "adamw": 2}  # moments, and below the average of the weights
+    n_kept = sum((kept[table[name].optimizer] + (c.ema > 0)) * size for name, size in sizes_of.items())
     rows = min(c.batch_tokens // c.seq_len // m.world_size, c.device_tokens // c.seq_len)
     tokens = rows * c.seq_len
     n_layers = max(len(phase.layers) for phase in model.batches.phases)
@@ -2592,7 +2610,7 @@ def memory_estimate(model, m):
     per_logit = 3 * low + 4 * 4 if model.teachers else 2 * low + 2 * 4
     sizes = {
         "weights": 4 * n_weights,
-        "optimizer": 4 * n_moments / m.world_size,
+        "optimizer": 4 * n_kept / m.world_size,
         "gradients": 4 * n,
         "activations": low * (tokens * (n_layers * per_layer + 5 * c.n_embd) + n) + heads,
         "logits": min(tokens, c.loss_chunk) * c.vocab_size * per_logit,
@@ -2602,8 +2620,7 @@ def memory_estimate(model, m):
 
 def shard_size(model, m):
     """GB that each rank copies and writes in a checkpoint."""
-    weights = 4e-9 * n_params(model.c) * (2 if model.c.ema else 1)
-    return weights / m.world_size + memory_estimate(model, m)["optimizer"]
+    return 4e-9 * n_params(model.c) / m.world_size + memory_estimate(model, m)["optimizer"]
 
 
 def dry_run(c, n_ranks):

@@ -134,9 +134,9 @@ def step_memory(model, m):
         teacher = None
         if model.teachers:
             teacher = model.teachers[0].c, weights_of(model.teachers[0].c)
-        average = weights_of(c) if c.ema else None
         kinds["weights"] = tracker.live
         optimizer = t.MuonAdamW({name: w.requires_grad_() for name, w in p.items()}, c, m)
+        average = {name: optimizer.shard(name, w.detach()).clone() for name, w in p.items() if c.ema}
         kinds["optimizer"] = tracker.live - kinds["weights"]
         kinds["gradients"] = sum(w.nbytes for w in p.values())
         x = torch.zeros(rows, c.seq_len * phase.bag_size, 1 + t.n_lookups(c), dtype=torch.long)
