@@ -1092,6 +1092,12 @@ def attention(q, k, v, mask, impl):
     return y.transpose(1, 2).reshape(q.shape)
 
 
+def mix_heads(w_qkv, iha):
+    """The projections of the heads, [3, D, D], mixed by iha [3, H, H]: weights are mixed, not activations."""
+    heads = w_qkv.unflatten(1, (iha.size(-1), -1))
+    return torch.einsum("pij,pjdc->pidc", iha, heads).reshape(w_qkv.shape)
+
+
 def block(x, x0, w, cos, sin, mask, c, impl, dropout):
     """One layer. x, x0 [B, T, D]; w: this layer's slice of every per-layer parameter."""
     B, T, D = x.shape
@@ -1100,9 +1106,9 @@ def block(x, x0, w, cos, sin, mask, c, impl, dropout):
     # attention
     h = norm(x)
     w_qkv = w["attn"][:3]
-    if c.iha:  # mixes the heads' projections, not their activations
-        w_qkv = torch.einsum("pij,pjdc->pidc", w["iha"], w_qkv.view(3, H, D // H, D))
-    qkv = F.linear(h, w_qkv.reshape(3 * D, D)).view(B, T, 3, H, D // H)
+    if "iha" in w:
+        w_qkv = mix_heads(w_qkv, w["iha"])
+    qkv = F.linear(h, w_qkv.flatten(0, 1)).view(B, T, 3, H, D // H)
     q, k, v = qkv.unbind(2)  # [B, T, H, D/H] each
     if "gates" in w:
         gates = torch.sigmoid(F.linear(h[..., : w["gates"].size(-1)], w["gates"].flatten(0, 1)))
@@ -1153,7 +1159,7 @@ def forward(p, inputs, c, m, phase, dropout=0.0, run_block=None):
     windows = [min(layer_window(c, i), T) for i in phase.layers]
     masks = attention_masks(starts, sorted(set(windows)), m.attention, m.dtype)
     # Stacked parameters are cast and taken apart once per pass, not once per use.
-    stacked = [name for name, entry in param_table(c).items() if entry.n_stack]
+    stacked = [name for name, entry in param_table(c).items() if entry.n_stack and name in p]
     banks = {name: p[name].to(m.dtype).unbind(0) for name in stacked}
     x = x0 = norm(x.to(m.dtype))
     skips = {}
@@ -1246,6 +1252,42 @@ def objective(h, head, targets, scale, c, m, teacher_out=None):
         grad_head += grads[1]
         logged = {name: logged.get(name, 0.0) + value for name, value in sums.items()}
     return grad_h, grad_head, logged
+
+
+@contextlib.contextmanager
+def step_weights(p, c, m):
+    """What the passes of one optimizer step get as p: its stacked weights are in the dtype of the products
+    already, with their heads mixed. That is done once and not in every pass. Their gradients add up in
+    float32 and reach p[name].grad behind the last pass, those of the mixing matrices too."""
+
+    def mixed_attention():
+        layers = zip(p["attn"], p["iha"], strict=True)
+        qkv = torch.stack([mix_heads(w[:3], iha) for w, iha in layers])
+        return torch.cat([qkv, p["attn"][:, 3:]], dim=1)
+
+    grads = {}
+
+    def add_up(name, w):
+        if name in grads:
+            grads[name] += w.grad
+        else:
+            grads[name] = w.grad.float()
+        w.grad = None
+
+    weights = dict(p)
+    if c.iha:
+        del weights["iha"]
+        with torch.no_grad():
+            weights["attn"] = mixed_attention()
+    for name, entry in param_table(c).items():
+        if entry.n_stack and name in weights:
+            weights[name] = weights[name].detach().to(m.dtype).requires_grad_()
+            weights[name].register_post_accumulate_grad_hook(functools.partial(add_up, name))
+    yield weights
+    if c.iha:
+        mixed_attention().backward(grads.pop("attn"))  # mixed again: until now that would have taken memory
+    for name, grad in grads.items():
+        p[name].grad = grad
 
 
 def train_pass(p, x, y, n_targets, c, m, phase, seed, teacher=None):
@@ -2235,7 +2277,8 @@ def compile_model(model, m):
         for n_rows in {len(part) for part in rows}:
             x = torch.zeros(n_rows, c.seq_len * phase.bag_size, 1 + n_lookups(c), dtype=torch.long)
             y = x[..., 0].contiguous().unflatten(1, (-1, phase.bag_size))
-            train_pass(p, x, y, 1, c, m, phase, (0,), teacher)
+            with step_weights(p, c, m) as weights:
+                train_pass(weights, x, y, 1, c, m, phase, (0,), teacher)
 
 
 def seconds_left(plan, step, seconds_per_flop, m):
@@ -2400,11 +2443,12 @@ def train_step(p, optimizer, model, step, m, teacher):
     x, y, n_targets = model.batches.batch(step)
     rows = c.device_tokens // c.seq_len
     losses = {}
-    for i, (x_part, y_part) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
-        seed = (c.seed, step, m.rank, i)
-        phase = model.batches.phases[step]
-        part = train_pass(p, x_part, y_part, n_targets, c, m, phase, seed, teacher)
-        losses = {name: losses.get(name, 0.0) + value for name, value in part.items()}
+    with step_weights(p, c, m) as weights:
+        for i, (x_part, y_part) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
+            seed = (c.seed, step, m.rank, i)
+            phase = model.batches.phases[step]
+            part = train_pass(weights, x_part, y_part, n_targets, c, m, phase, seed, teacher)
+            losses = {name: losses.get(name, 0.0) + value for name, value in part.items()}
     optimizer.step(step, lr_schedule(done, c), wd_schedule(done, c), momentum_schedule(done, c))
     return losses
 

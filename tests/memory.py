@@ -142,8 +142,10 @@ def step_memory(model, m):
         x = torch.zeros(rows, c.seq_len * phase.bag_size, 1 + t.n_lookups(c), dtype=torch.long)
         y = x[..., 0].unflatten(1, (-1, phase.bag_size))
         n_micro_batches = c.batch_tokens // c.seq_len // m.world_size // rows
-        for _ in range(min(2, n_micro_batches)):  # the second one finds gradients there
-            t.train_pass(p, x, y, 1, c, m, phase, (0,), teacher)
+        with t.step_weights(p, c, m) as weights:
+            for _ in range(min(2, n_micro_batches)):  # the second one finds gradients there
+                t.train_pass(weights, x, y, 1, c, m, phase, (0,), teacher)
+            del weights
         optimizer.step(0, 1.0, 1.0, 0.95)
         del average
     return kinds | {"peak": tracker.peak - masks}

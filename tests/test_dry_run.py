@@ -116,8 +116,9 @@ MEASURE = f"""if True:
     x = torch.randint(7999, (c.device_tokens // c.seq_len, c.seq_len, 1))
 
     def step(p, passes):
-        for _ in range(passes):
-            t.train_pass(p, x, x.clone(), 1, c, m, phase, (0,))
+        with t.step_weights(p, c, m) as weights:
+            for _ in range(passes):
+                t.train_pass(weights, x, x.clone(), 1, c, m, phase, (0,))
 
     def params():
         return {{name: w.requires_grad_() for name, w in t.init_params(c).items()}}
