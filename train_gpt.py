@@ -866,6 +866,8 @@ class Batches:
         require(countable, f"--epochs {c.epochs}: {self.steps:,} steps, but checkpoints count to 10,000,000")
         self.phases = [phase_schedule(self.done(step), c) for step in range(self.steps)]
         self.n_bag_steps = sum(phase.bag_size > 1 for phase in self.phases)
+        self.next_step = None
+        self.next_batch = None
         self.bags = self.plain
         if self.n_bag_steps:
             self.bags = Loader(inputs, c, m.rank, m.world_size, c.bag_size)
@@ -876,9 +878,17 @@ class Batches:
         return (step + 0.5) / self.steps
 
     def batch(self, step):
+        """As Loader.batch."""
+        if step == self.next_step:
+            return self.next_batch
         if step < self.n_bag_steps:
             return self.bags.batch(step)
         return self.plain.batch(step - self.n_bag_steps)
+
+    def prepare(self, step):
+        """Make the batch of a step ahead, while a GPU is at work on the one before."""
+        self.next_batch = self.batch(step)
+        self.next_step = step
 
     def epoch(self, step):
         """Passes over the budget in the first `step` steps."""
@@ -2441,6 +2451,9 @@ def train_step(p, optimizer, model, step, m, teacher):
     c = model.c
     done = model.batches.done(step)
     x, y, n_targets = model.batches.batch(step)
+    if m.device.type == "cuda":  # from pinned memory, copies need not wait for the passes before
+        x = x.pin_memory()
+        y = y.pin_memory()
     rows = c.device_tokens // c.seq_len
     losses = {}
     with step_weights(p, c, m) as weights:
@@ -2488,6 +2501,8 @@ def train_model(run, model, shards, saver):
             decay = min(c.ema, (step + 1) / (step + 10))  # shorter at first: the initial weights fade
             for name, average in ema.items():
                 average.lerp_(optimizer.shard(name, p[name].detach()), 1 - decay)
+        if step + 1 < n_steps:
+            model.batches.prepare(step + 1)
 
         # What follows is decided by sums over the ranks, and so is the same on all of them.
         flags = torch.tensor([float(bool(run.stop_requested)), float(saver.has_written)], device=m.device)
