@@ -866,6 +866,8 @@ class Batches:
         require(countable, f"--epochs {c.epochs}: {self.steps:,} steps, but checkpoints count to 10,000,000")
         self.phases = [phase_schedule(self.done(step), c) for step in range(self.steps)]
         self.n_bag_steps = sum(phase.bag_size > 1 for phase in self.phases)
+        self.next_step = None
+        self.next_batch = None
         self.bags = self.plain
         if self.n_bag_steps:
             self.bags = Loader(inputs, c, m.rank, m.world_size, c.bag_size)
@@ -876,9 +878,17 @@ class Batches:
         return (step + 0.5) / self.steps
 
     def batch(self, step):
+        """As Loader.batch."""
+        if step == self.next_step:
+            return self.next_batch
         if step < self.n_bag_steps:
             return self.bags.batch(step)
         return self.plain.batch(step - self.n_bag_steps)
+
+    def prepare(self, step):
+        """Make the batch of a step ahead, while a GPU is at work on the one before."""
+        self.next_batch = self.batch(step)
+        self.next_step = step
 
     def epoch(self, step):
         """Passes over the budget in the first `step` steps."""
@@ -1071,7 +1081,8 @@ def attention(q, k, v, mask, impl):
         cu_seqlens, window = mask
         T = q.size(1)
         flat = [x.flatten(0, 1) for x in (q, k, v)]  # [B * T, H, head_dim] each
-        y = varlen.varlen_attn(*flat, cu_seqlens, cu_seqlens, T, T, window_size=(window - 1, 0))
+        before = window - 1 if window < T else -1  # -1 chooses the causal kernel, faster than the local one
+        y = varlen.varlen_attn(*flat, cu_seqlens, cu_seqlens, T, T, window_size=(before, 0))
         return y.view(q.shape)
     if impl == "flex":
         y = compiled_flex(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask)
@@ -1091,6 +1102,12 @@ def attention(q, k, v, mask, impl):
     return y.transpose(1, 2).reshape(q.shape)
 
 
+def mix_heads(w_qkv, iha):
+    """The projections of the heads, [3, D, D], mixed by iha [3, H, H]: weights are mixed, not activations."""
+    heads = w_qkv.unflatten(1, (iha.size(-1), -1))
+    return torch.einsum("pij,pjdc->pidc", iha, heads).reshape(w_qkv.shape)
+
+
 def block(x, x0, w, cos, sin, mask, c, impl, dropout):
     """One layer. x, x0 [B, T, D]; w: this layer's slice of every per-layer parameter."""
     B, T, D = x.shape
@@ -1099,9 +1116,9 @@ def block(x, x0, w, cos, sin, mask, c, impl, dropout):
     # attention
     h = norm(x)
     w_qkv = w["attn"][:3]
-    if c.iha:  # mixes the heads' projections, not their activations
-        w_qkv = torch.einsum("pij,pjdc->pidc", w["iha"], w_qkv.view(3, H, D // H, D))
-    qkv = F.linear(h, w_qkv.reshape(3 * D, D)).view(B, T, 3, H, D // H)
+    if "iha" in w:
+        w_qkv = mix_heads(w_qkv, w["iha"])
+    qkv = F.linear(h, w_qkv.flatten(0, 1)).view(B, T, 3, H, D // H)
     q, k, v = qkv.unbind(2)  # [B, T, H, D/H] each
     if "gates" in w:
         gates = torch.sigmoid(F.linear(h[..., : w["gates"].size(-1)], w["gates"].flatten(0, 1)))
@@ -1152,7 +1169,7 @@ def forward(p, inputs, c, m, phase, dropout=0.0, run_block=None):
     windows = [min(layer_window(c, i), T) for i in phase.layers]
     masks = attention_masks(starts, sorted(set(windows)), m.attention, m.dtype)
     # Stacked parameters are cast and taken apart once per pass, not once per use.
-    stacked = [name for name, entry in param_table(c).items() if entry.n_stack]
+    stacked = [name for name, entry in param_table(c).items() if entry.n_stack and name in p]
     banks = {name: p[name].to(m.dtype).unbind(0) for name in stacked}
     x = x0 = norm(x.to(m.dtype))
     skips = {}
@@ -1203,15 +1220,16 @@ def loss_function(logits, targets, c, teacher_logits=None):
     logits: [n, V] float32. targets: [n, K], the K tokens of the next bag, weighted equally; -1 is ignored.
     teacher_logits: [n, V] of the model to learn from. With it the loss is (1 - alpha) * CE + alpha
     * temp**2 * KL(teacher || model), both at temperature temp (1503.02531)."""
-    counted = targets >= 0
     log_p = logits.log_softmax(-1)
-    ce = -(log_p.gather(1, targets.clamp_min(0)) * counted).sum()
+    # The gradient of gather() would be a [n, V] tensor of zeros, filled, added to and read again; that of
+    # nll_loss() is fused with the rest.
+    ce = sum(F.nll_loss(log_p, target, ignore_index=-1, reduction="sum") for target in targets.unbind(1))
     if teacher_logits is None:
         return ce, {"loss": ce}
     alpha, temp = c.distill_alpha, c.distill_temp
     log_q = (logits / temp).log_softmax(-1)
     log_teacher = (teacher_logits / temp).log_softmax(-1)
-    kl = ((log_teacher.exp() * (log_teacher - log_q)).sum(-1) * counted[:, 0]).sum()
+    kl = ((log_teacher.exp() * (log_teacher - log_q)).sum(-1) * (targets[:, 0] >= 0)).sum()
     return (1 - alpha) * ce + alpha * temp**2 * kl, {"loss": ce, "kl": kl}
 
 
@@ -1244,6 +1262,42 @@ def objective(h, head, targets, scale, c, m, teacher_out=None):
         grad_head += grads[1]
         logged = {name: logged.get(name, 0.0) + value for name, value in sums.items()}
     return grad_h, grad_head, logged
+
+
+@contextlib.contextmanager
+def step_weights(p, c, m):
+    """What the passes of one optimizer step get as p: its stacked weights are in the dtype of the products
+    already, with their heads mixed. That is done once and not in every pass. Their gradients add up in
+    float32 and reach p[name].grad behind the last pass, those of the mixing matrices too."""
+
+    def mixed_attention():
+        layers = zip(p["attn"], p["iha"], strict=True)
+        qkv = torch.stack([mix_heads(w[:3], iha) for w, iha in layers])
+        return torch.cat([qkv, p["attn"][:, 3:]], dim=1)
+
+    grads = {}
+
+    def add_up(name, w):
+        if name in grads:
+            grads[name] += w.grad
+        else:
+            grads[name] = w.grad.float()
+        w.grad = None
+
+    weights = dict(p)
+    if c.iha:
+        del weights["iha"]
+        with torch.no_grad():
+            weights["attn"] = mixed_attention()
+    for name, entry in param_table(c).items():
+        if entry.n_stack and name in weights:
+            weights[name] = weights[name].detach().to(m.dtype).requires_grad_()
+            weights[name].register_post_accumulate_grad_hook(functools.partial(add_up, name))
+    yield weights
+    if c.iha:
+        mixed_attention().backward(grads.pop("attn"))  # mixed again: until now that would have taken memory
+    for name, grad in grads.items():
+        p[name].grad = grad
 
 
 def train_pass(p, x, y, n_targets, c, m, phase, seed, teacher=None):
@@ -1364,11 +1418,24 @@ class MuonAdamW:
         size = len(self.state[name][0])
         return self.items(name, w)[self.m.rank * size :][:size]
 
-    def gather(self, shard, n, shard_size):
-        """All n items from every rank's shard, of which the last may be shorter than the others or empty."""
-        whole = shard.new_empty(shard_size * self.m.world_size, *shard.shape[1:])
-        dist.all_gather_into_tensor(whole, pad_items(shard, shard_size))
-        return whole[:n]
+    def gather(self, name, shard):
+        """(every rank's shard, one behind the other, and what fills up the last; pending communication)."""
+        size = len(self.state[name][0])
+        whole = shard.new_empty(size * self.m.world_size, *shard.shape[1:])
+        return whole, dist.all_gather_into_tensor(whole, pad_items(shard, size), async_op=True)
+
+    @torch.no_grad()
+    def whole(self, shards):
+        """{name: tensor of the parameter's shape} of which each rank has its shard."""
+        if self.m.world_size == 1:
+            return {name: shard.view(self.p[name].shape) for name, shard in shards.items()}
+        whole = {}
+        for name, shard in shards.items():
+            items, pending = self.gather(name, shard)
+            pending.wait()
+            w = self.p[name]
+            whole[name] = items[: len(self.items(name, w))].view(w.shape)
+        return whole
 
     @torch.no_grad()
     def step(self, step, lr, wd, momentum):
@@ -1385,17 +1452,22 @@ class MuonAdamW:
                 grad = whole.new_empty(shard_size, *whole.shape[1:])
                 pending = dist.reduce_scatter_tensor(grad, whole, async_op=True)
             summed[name] = grad, pending
+        updated = []  # (items, every rank's new ones, pending communication): on the way during later updates
         for name, w in self.p.items():
             grad, pending = summed.pop(name)
             if pending:
                 pending.wait()
             self.update(name, w, grad, step, lr, wd, momentum)
+            if pending:
+                updated.append((self.items(name, w), *self.gather(name, self.shard(name, w))))
+        for items, whole, pending in updated:
+            pending.wait()
+            items.copy_(whole[: len(items)])
 
     def update(self, name, w, grad, step, lr, wd, momentum):
-        """Update this rank's shard of one parameter, and send it to everyone."""
+        """Update this rank's shard of one parameter."""
         c = self.c
         entry = self.table[name]
-        items = self.items(name, w)
         first, second = self.state[name]
         shard = self.shard(name, w)
         n = len(shard)
@@ -1406,33 +1478,32 @@ class MuonAdamW:
             muon_update(shard, grad[:n], *moments, lr, decay, momentum, c.muon_beta2, self.m.dtype)
         else:
             adamw_update(shard, grad[:n], first[:n], second[:n], lr, decay, c.adam_beta1, c.adam_beta2, step)
-        if self.m.world_size > 1:
-            items.copy_(self.gather(shard, len(items), len(first)))
 
     @torch.no_grad()
     def state_dict(self, ema=None):
-        """{name: {kind: items}} of this rank's shard of the weights, both moments and, if there is one, their
-        average: a copy in the memory of the CPU, which later steps do not change."""
+        """{name: {kind: items}} of this rank's shard of the weights, both moments and, if there is one, the
+        weights' average: a copy in the memory of the CPU, which later steps do not change. ema: {name: this
+        rank's shard}."""
         copies = {}
         for name, w in self.p.items():
             first, second = self.state[name]
             shard = self.shard(name, w)
             kinds = {"w": shard, "first": first[: len(shard)], "second": second[: len(shard)]}
             if ema:
-                kinds["ema"] = self.shard(name, ema[name])
+                kinds["ema"] = ema[name]
             copies[name] = {kind: items.to("cpu", copy=True) for kind, items in kinds.items()}
         return copies
 
     @torch.no_grad()
     def load_state_dict(self, shards, ema=None):
         """Take over what state_dict() returned on the ranks of a run, in their order, however many they were:
-        the moments of this rank's shard, and all of the weights and of their average."""
+        all of the weights, and this rank's shard of the rest."""
         for name, w in self.p.items():
             first, second = self.state[name]
             start = self.m.rank * len(first)
             kinds = {"w": (self.items(name, w), 0), "first": (first, start), "second": (second, start)}
             if ema:
-                kinds["ema"] = (self.items(name, ema[name]), 0)
+                kinds["ema"] = (ema[name], start)
             for kind, (target, begin) in kinds.items():
                 at = -begin  # where the next part's items belong in the target
                 for part in (shard[name][kind] for shard in shards):
@@ -2216,7 +2287,8 @@ def compile_model(model, m):
         for n_rows in {len(part) for part in rows}:
             x = torch.zeros(n_rows, c.seq_len * phase.bag_size, 1 + n_lookups(c), dtype=torch.long)
             y = x[..., 0].contiguous().unflatten(1, (-1, phase.bag_size))
-            train_pass(p, x, y, 1, c, m, phase, (0,), teacher)
+            with step_weights(p, c, m) as weights:
+                train_pass(weights, x, y, 1, c, m, phase, (0,), teacher)
 
 
 def seconds_left(plan, step, seconds_per_flop, m):
@@ -2387,13 +2459,17 @@ def train_step(p, optimizer, model, step, m, teacher):
     c = model.c
     done = model.batches.done(step)
     x, y, n_targets = model.batches.batch(step)
+    if m.device.type == "cuda":  # from pinned memory, copies need not wait for the passes before
+        x = x.pin_memory()
+        y = y.pin_memory()
     rows = c.device_tokens // c.seq_len
     losses = {}
-    for i, (x_part, y_part) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
-        seed = (c.seed, step, m.rank, i)
-        phase = model.batches.phases[step]
-        part = train_pass(p, x_part, y_part, n_targets, c, m, phase, seed, teacher)
-        losses = {name: losses.get(name, 0.0) + value for name, value in part.items()}
+    with step_weights(p, c, m) as weights:
+        for i, (x_part, y_part) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
+            seed = (c.seed, step, m.rank, i)
+            phase = model.batches.phases[step]
+            part = train_pass(weights, x_part, y_part, n_targets, c, m, phase, seed, teacher)
+            losses = {name: losses.get(name, 0.0) + value for name, value in part.items()}
     optimizer.step(step, lr_schedule(done, c), wd_schedule(done, c), momentum_schedule(done, c))
     return losses
 
@@ -2411,8 +2487,10 @@ def train_model(run, model, shards, saver):
         p = first_weights(run, model)
     for w in p.values():
         w.requires_grad_()
-    ema = {name: w.detach().clone() for name, w in p.items()} if c.ema else None
     optimizer = MuonAdamW(p, c, m)
+    ema = None
+    if c.ema:
+        ema = {name: optimizer.shard(name, w.detach()).clone() for name, w in p.items()}
     if shards:
         load_shards(run.folder, shards, optimizer, ema)
     eval_after = {round(n_steps * (i + 1) / c.evals) for i in range(c.evals - 1)}
@@ -2429,8 +2507,10 @@ def train_model(run, model, shards, saver):
         losses = train_step(p, optimizer, model, step, m, teacher)
         if ema:
             decay = min(c.ema, (step + 1) / (step + 10))  # shorter at first: the initial weights fade
-            for name, w in ema.items():
-                w.lerp_(p[name].detach(), 1 - decay)
+            for name, average in ema.items():
+                average.lerp_(optimizer.shard(name, p[name].detach()), 1 - decay)
+        if step + 1 < n_steps:
+            model.batches.prepare(step + 1)
 
         # What follows is decided by sums over the ranks, and so is the same on all of them.
         flags = torch.tensor([float(bool(run.stop_requested)), float(saver.has_written)], device=m.device)
@@ -2466,7 +2546,9 @@ def train_model(run, model, shards, saver):
             ask_referee(run, "--seconds", f"{run.seconds() + left:.0f}")
         val_loss = None
         if step + 1 in eval_after:
-            val_loss = mean_nll(stream_nll(ema or p, run.eval_inputs, c, m))
+            weights = optimizer.whole(ema) if ema else p
+            val_loss = mean_nll(stream_nll(weights, run.eval_inputs, c, m))
+            del weights  # training needs the memory
             run.log(f"{model.name}eval {step + 1}/{n_steps} val_loss {val_loss:.4f} on {run.eval_name}")
         place = {"model": model.number + 1, "step": step + 1, "steps": n_steps, "epoch": epoch}
         rates = {"lr": lr, "tokens_per_second": speed, "seconds": run.progress["seconds"]}
@@ -2477,7 +2559,7 @@ def train_model(run, model, shards, saver):
             saver.wait()
             raise stopped(run, f"stopped at {where} and saved")
     saver.wait()
-    return ema or p
+    return optimizer.whole(ema) if ema else p
 
 
 def finish(run):
@@ -2581,9 +2663,9 @@ def memory_estimate(model, m):
     table = param_table(c)
     sizes_of = {name: math.prod(shape) for name, shape in param_shapes(c).items()}
     n = n_params(c)
-    n_weights = n * (2 if c.ema else 1) + (n_params(model.teachers[0].c) if model.teachers else 0)
-    moments = {"muon": 1, "adamw": 2}
-    n_moments = sum(moments[table[name].optimizer] * size for name, size in sizes_of.items())
+    n_weights = n + (n_params(model.teachers[0].c) if model.teachers else 0)
+    kept = {"muon": 1, "adamw": 2}  # moments, and below the average of the weights
+    n_kept = sum((kept[table[name].optimizer] + (c.ema > 0)) * size for name, size in sizes_of.items())
     rows = min(c.batch_tokens // c.seq_len // m.world_size, c.device_tokens // c.seq_len)
     tokens = rows * c.seq_len
     n_layers = max(len(phase.layers) for phase in model.batches.phases)
@@ -2592,10 +2674,10 @@ def memory_estimate(model, m):
     # The head's copy in low precision, a teacher's, and the gradient of the micro-batch at hand.
     heads = (low * (2 if model.teachers else 1) + 4) * sizes_of["lm_head"]
     # Buffers that a compiled chunk_grad() holds: so many in low precision, and so many in float32.
-    per_logit = 3 * low + 6 * 4 if model.teachers else 2 * low + 3 * 4
+    per_logit = 3 * low + 4 * 4 if model.teachers else 2 * low + 2 * 4
     sizes = {
         "weights": 4 * n_weights,
-        "optimizer": 4 * n_moments / m.world_size,
+        "optimizer": 4 * n_kept / m.world_size,
         "gradients": 4 * n,
         "activations": low * (tokens * (n_layers * per_layer + 5 * c.n_embd) + n) + heads,
         "logits": min(tokens, c.loss_chunk) * c.vocab_size * per_logit,
@@ -2605,8 +2687,7 @@ def memory_estimate(model, m):
 
 def shard_size(model, m):
     """GB that each rank copies and writes in a checkpoint."""
-    weights = 4e-9 * n_params(model.c) * (2 if model.c.ema else 1)
-    return weights / m.world_size + memory_estimate(model, m)["optimizer"]
+    return 4e-9 * n_params(model.c) / m.world_size + memory_estimate(model, m)["optimizer"]
 
 
 def dry_run(c, n_ranks):

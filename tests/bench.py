@@ -115,8 +115,9 @@ def tokenrun_step(which, c, m, inputs, n_rows):
     y = inputs[:, 1:, :1].contiguous()
 
     def step():
-        for x_part, y_part in zip(x.split(n_rows), y.split(n_rows)):
-            t.train_pass(p, x_part, y_part, c.batch_tokens, c, m, phase, (0,))
+        with t.step_weights(p, c, m) as weights:
+            for x_part, y_part in zip(x.split(n_rows), y.split(n_rows)):
+                t.train_pass(weights, x_part, y_part, c.batch_tokens, c, m, phase, (0,))
         optimizer.step(1, 1.0, 1.0, 0.95)
 
     return step

@@ -27,7 +27,7 @@ import train_gpt as t
 
 # Buffers of [tokens of a chunk, vocabulary] that a compiled chunk_grad() allocates, in its dtype and in
 # float32; with a teacher. test_dry_run.py counts them in the code that Inductor writes.
-CHUNK_BUFFERS = {False: (2, 3), True: (3, 6)}
+CHUNK_BUFFERS = {False: (2, 2), True: (3, 4)}
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -134,16 +134,18 @@ def step_memory(model, m):
         teacher = None
         if model.teachers:
             teacher = model.teachers[0].c, weights_of(model.teachers[0].c)
-        average = weights_of(c) if c.ema else None
         kinds["weights"] = tracker.live
         optimizer = t.MuonAdamW({name: w.requires_grad_() for name, w in p.items()}, c, m)
+        average = {name: optimizer.shard(name, w.detach()).clone() for name, w in p.items() if c.ema}
         kinds["optimizer"] = tracker.live - kinds["weights"]
         kinds["gradients"] = sum(w.nbytes for w in p.values())
         x = torch.zeros(rows, c.seq_len * phase.bag_size, 1 + t.n_lookups(c), dtype=torch.long)
         y = x[..., 0].unflatten(1, (-1, phase.bag_size))
         n_micro_batches = c.batch_tokens // c.seq_len // m.world_size // rows
-        for _ in range(min(2, n_micro_batches)):  # the second one finds gradients there
-            t.train_pass(p, x, y, 1, c, m, phase, (0,), teacher)
+        with t.step_weights(p, c, m) as weights:
+            for _ in range(min(2, n_micro_batches)):  # the second one finds gradients there
+                t.train_pass(weights, x, y, 1, c, m, phase, (0,), teacher)
+            del weights
         optimizer.step(0, 1.0, 1.0, 0.95)
         del average
     return kinds | {"peak": tracker.peak - masks}

@@ -81,6 +81,8 @@ def plain_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, retur
     """aten::_flash_attention_forward. Memory that it does not write holds NaN, as it might on a GPU."""
     assert (dropout_p, return_debug_mask) == (0.0, False)
     assert all(options.get(name) is None for name in ("seqused_k", "alibi_slopes", "block_table"))
+    # A window of the whole row is told as -1, which takes the causal kernel: faster than the local one.
+    assert options["window_size_left"] != max_q - 1
     out = torch.full(q.shape, math.nan, dtype=q.dtype)
     lse = torch.full((q.size(1), len(q)), math.nan, dtype=q.dtype)
     windows = is_causal, options["window_size_left"], options["window_size_right"]

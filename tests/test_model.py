@@ -815,6 +815,50 @@ def test_gradients_of_micro_batches_add_up(exact):
         torch.testing.assert_close(halves[name].grad, whole[name].grad, **EXACT, msg=name)
 
 
+@pytest.mark.parametrize("iha", [False, True])
+def test_weights_of_a_step_change_no_gradient(exact, iha):
+    """Two passes with weights that were cast and mixed once leave the gradients of two passes that do it
+    themselves."""
+    c = config(mtp_weight=0.3, iha=iha)
+    m = make_machine()
+    weights = make_params(c)
+    x = random_tokens(4, 64)[..., None]
+    phase = t.phase_schedule(1.0, c)
+    once, each = trainable(weights), trainable(weights)
+    with t.step_weights(once, c, m) as of_the_step:
+        for part in x.split(2):
+            t.train_pass(of_the_step, part, part, x.numel(), c, m, phase, (0,))
+    for part in x.split(2):
+        t.train_pass(each, part, part, x.numel(), c, m, phase, (0,))
+    for name in weights:
+        torch.testing.assert_close(once[name].grad, each[name].grad, **EXACT, msg=name)
+
+
+def test_gradients_add_up_in_float32():
+    """Products in bf16: the sum over two passes is that of their gradients, bit for bit, and is not rounded
+    to bf16."""
+    c = config()
+    m = make_machine(dtype=torch.bfloat16)
+    weights = make_params(c)
+    x = random_tokens(4, 64)[..., None]
+    phase = t.phase_schedule(1.0, c)
+
+    def gradients(*parts):
+        p = trainable(weights)
+        with t.step_weights(p, c, m) as of_the_step:
+            for part in parts:
+                t.train_pass(of_the_step, part, part, x.numel(), c, m, phase, (0,))
+        return {name: w.grad for name, w in p.items()}
+
+    first, second = x.split(2)
+    together = gradients(first, second)
+    apart = gradients(first), gradients(second)
+    for name, entry in t.param_table(c).items():
+        if entry.n_stack:
+            assert together[name].dtype == torch.float32
+            assert torch.equal(together[name], apart[0][name] + apart[1][name]), name
+
+
 def test_the_streaming_ensemble_is_the_plain_mean():
     p = np.random.default_rng(0).random((5, 2, 30))
     total = np.inf

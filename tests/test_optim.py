@@ -159,8 +159,8 @@ def test_learning_rates_are_the_tables(exact):
 
 
 def test_state_goes_from_any_number_of_ranks_to_any_other():
-    """Weights, moments and average of one rank, of three and of two: each holds its shard of the moments and
-    all of the rest, and put together it is the same again."""
+    """Weights, moments and average of one rank, of three and of two: each holds all of the weights and its
+    shard of the rest, and put together it is the same again."""
     c = config(**EVERY_PARAMETER)
 
     def zeros():
@@ -169,7 +169,8 @@ def test_state_goes_from_any_number_of_ranks_to_any_other():
     def ranks_of(world_size):
         for rank in range(world_size):
             m = t.Machine(torch.device("cpu"), torch.float32, rank, world_size)
-            yield t.MuonAdamW(zeros(), c, m), zeros()
+            optimizer = t.MuonAdamW(zeros(), c, m)
+            yield optimizer, {name: optimizer.shard(name, w).clone() for name, w in zeros().items()}
 
     [(one, ema)] = ranks_of(1)
     for x in [*one.p.values(), *ema.values(), *itertools.chain(*one.state.values())]:
@@ -189,9 +190,9 @@ def test_state_goes_from_any_number_of_ranks_to_any_other():
             for i, kind in enumerate(("first", "second")):
                 together = torch.cat([optimizer.state[name][i] for optimizer, _ in ranks])
                 assert len(together) < len(kinds[kind]) + world_size
-            for optimizer, ema in ranks:
+            assert torch.equal(torch.cat([ema[name] for _, ema in ranks]), kinds["ema"])
+            for optimizer, _ in ranks:
                 assert torch.equal(optimizer.p[name].flatten(), kinds["w"].flatten())
-                assert torch.equal(ema[name].flatten(), kinds["ema"].flatten())
 
 
 def test_matrices_are_seen_one_by_one():
