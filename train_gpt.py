@@ -1422,7 +1422,7 @@ class MuonAdamW:
         """(every rank's shard, one behind the other, and what fills up the last; pending communication)."""
         size = len(self.state[name][0])
         whole = shard.new_empty(size * self.m.world_size, *shard.shape[1:])
-        return whole, dist.all_gather_into_tensor(whole, pad_items(shard, size), async_op=True)
+        return whole, dist.all_gather_single(whole, pad_items(shard, size), async_op=True)
 
     @torch.no_grad()
     def whole(self, shards):
@@ -1450,7 +1450,7 @@ class MuonAdamW:
                 shard_size = len(self.state[name][0])
                 whole = pad_items(grad, shard_size * self.m.world_size)
                 grad = whole.new_empty(shard_size, *whole.shape[1:])
-                pending = dist.reduce_scatter_tensor(grad, whole, async_op=True)
+                pending = dist.reduce_scatter_single(grad, whole, async_op=True)
             summed[name] = grad, pending
         updated = []  # (items, every rank's new ones, pending communication): on the way during later updates
         for name, w in self.p.items():

@@ -315,8 +315,8 @@ def test_bytes_that_a_rank_sends(ranks, tiny_data, monkeypatch):
         sent.append(whole.numel() * (ranks - 1) / ranks)
         return Done()
 
-    monkeypatch.setattr(t.dist, "reduce_scatter_tensor", reduce_scatter)
-    monkeypatch.setattr(t.dist, "all_gather_into_tensor", all_gather)
+    monkeypatch.setattr(t.dist, "reduce_scatter_single", reduce_scatter)
+    monkeypatch.setattr(t.dist, "all_gather_single", all_gather)
     m = t.Machine(torch.device("cpu"), torch.float32, world_size=ranks)
     p = t.init_params(c)
     optimizer = t.MuonAdamW(p, c, m)

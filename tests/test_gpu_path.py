@@ -320,7 +320,7 @@ class Ranks:
         self.here = threading.local()
         self.barrier = threading.Barrier(n, timeout=120)
         self.given = [None] * n
-        for name in ("all_reduce", "reduce_scatter_tensor", "all_gather_into_tensor"):
+        for name in ("all_reduce", "reduce_scatter_single", "all_gather_single"):
             monkeypatch.setattr(t.dist, name, getattr(self, name))
 
     def run(self, function):
@@ -368,12 +368,12 @@ class Ranks:
         total = sum(self.exchange("all_reduce", tensor))
         tensor.copy_(total)
 
-    def reduce_scatter_tensor(self, out, whole, async_op=False):
+    def reduce_scatter_single(self, out, whole, async_op=False):
         total = sum(self.exchange("reduce_scatter", whole))
         assert len(total) % self.n == 0
         return self.finish(out, total.chunk(self.n)[self.here.rank], whole, async_op)
 
-    def all_gather_into_tensor(self, whole, shard, async_op=False):
+    def all_gather_single(self, whole, shard, async_op=False):
         return self.finish(whole, torch.cat(self.exchange("all_gather", shard)), shard, async_op)
 
 
