@@ -46,7 +46,7 @@ from reading import (
     seeds_wanted,
     standing_record,
 )
-from rerun import judge_rerun, loss_limit
+from rerun import judge_rerun, loss_limit, train_flops_limit
 
 # Of a record's folder: enough for several seeds of a long chain.
 MAX_BYTES = 20_000_000
@@ -126,6 +126,7 @@ RERUN = dict(
     seconds=float,
     train_flops=float,
     claimed_train_flops=float,
+    train_flops_limit=float,
     score_flops_per_token=float,
     forward_flops_per_token=float,
     audited_tokens=int,
@@ -196,7 +197,7 @@ def verify_record(folder, root=ROOT, tested=True, better=True):
         verify_recipes(faults, record["runs"], configs)
     verify_number_of_seeds(faults, record, tracks["tracks"][track])
     if (folder / "rerun.json").exists():
-        verify_rerun(faults, folder, record, tracks)
+        verify_rerun(faults, folder, record, configs[0] or {}, tracks)
     if better and not faults and not is_overtaken(root, folder):
         verify_better(faults, folder, tracks, root)
     return faults
@@ -370,7 +371,7 @@ def verify_number_of_seeds(faults, record, rules):
     faults.expect(n >= wanted, "record.json", "number of runs", n, f"the track asks for {wanted} seeds")
 
 
-def verify_rerun(faults, folder, record, tracks):
+def verify_rerun(faults, folder, record, config, tracks):
     """What the rerun wrote has its form, is about this record, and tells the faults that its numbers make."""
 
     def expect(holds, *rest):
@@ -391,6 +392,7 @@ def verify_rerun(faults, folder, record, tracks):
     for name, found, source in (
         ("claimed", run["val_loss"], "record.json"),
         ("claimed_train_flops", run["train_flops"], "record.json"),
+        ("train_flops_limit", train_flops_limit(run, config), "the claims make"),
         ("limit", limit, "the spread of seeds makes"),
     ):
         claimed = result[name]

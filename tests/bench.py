@@ -295,7 +295,8 @@ def main():
         c = t.make_config({"track": "pocket", "members": 1, "bag_until": 0.0} | given)
         m = t.setup_machine(c, args)
         if own.loss:
-            c = dataclasses.replace(t.with_vocabulary(c, t.read_meta(c, m)), epochs=1.0)
+            meta = t.read_json(t.find_data(c, m) / "meta.json", t.check_meta)
+            c = dataclasses.replace(t.with_vocabulary(c, meta), epochs=1.0)
     except t.UserError as e:
         sys.exit(f"bench.py: {e}")
     if own.loss:

@@ -21,6 +21,7 @@ import compare
 import efficiency
 import judge
 import reading
+import rerun
 import smoke
 import submit
 import verify
@@ -450,6 +451,7 @@ def rerun_json(copy):
         "seconds": 60.0,
         "train_flops": 1.2 * run["train_flops"],
         "claimed_train_flops": run["train_flops"],
+        "train_flops_limit": rerun.train_flops_limit(run, reading.read_log(folder / run["log"]).config),
         "score_flops_per_token": 3e7,
         "forward_flops_per_token": 1e7,
         "audited_tokens": 3010,
@@ -483,6 +485,7 @@ def test_an_honest_rerun(rerun_json):
         ({"score_flops_per_token": 1e9}, "its faults lack what follows from its numbers: scoring a token"),
         ({"claimed": 3.0}, "claimed is claimed 3.0, found"),
         ({"claimed_train_flops": 1e14}, "claimed_train_flops is claimed"),
+        ({"train_flops_limit": 1e16, "train_flops": 1e15}, "train_flops_limit is claimed 1e+16, found"),
         ({"limit": 1.0}, "limit is claimed 1.0, found 0.0120"),
         ({"date": "2026-01-01"}, "date is '2026-01-01', not a day from the record's own on"),
         ({"date": "2999-01-01"}, "date is '2999-01-01', not a day"),

@@ -222,9 +222,27 @@ HONEST = {
     "limit": 0.0127,
     "train_flops": 1.3e14,
     "claimed_train_flops": 1e14,
+    "train_flops_limit": 1.4e14,
     "score_flops_per_token": 3e7,
     "forward_flops_per_token": 1e7,
 }
+
+
+@pytest.mark.parametrize(
+    "claims, config, expected",
+    [
+        # Batches of 4,096: a step of the optimizer adds a third. Of 1,024: as much as the model, and no more.
+        (dict(steps=1000, parameters=2e6, members=1, train_flops=5e13), {"n_embd": 192}, 6.5e13 + 1.152e13),
+        (dict(steps=9000, parameters=2e6, members=1, train_flops=5e13), {"n_embd": 192}, 6.5e13 + 5e13),
+        # Each step trains one of the members.
+        (dict(steps=4000, parameters=8e6, members=4, train_flops=2e14), {"n_embd": 192}, 2.6e14 + 4.608e13),
+        # A config that does not tell its width, or lies about it.
+        (dict(steps=1, parameters=2e6, members=1, train_flops=5e13), {}, 1.15e14),
+        (dict(steps=1, parameters=2e6, members=1, train_flops=5e13), {"n_embd": "wide"}, 1.15e14),
+    ],
+)
+def test_the_optimizer_multiplies_too(claims, config, expected):
+    assert rerun.train_flops_limit(claims, config) == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +250,10 @@ HONEST = {
     [
         ({}, None),
         ({"val_loss": 0.75}, "+0.0490 from the claimed one"),
-        ({"claimed_train_flops": 5e13}, "1.3e+14 FLOPs as counted, 5e+13 are claimed"),
+        (
+            {"train_flops": 1.5e14},
+            "1.5e+14 FLOPs, masked attention included; 1e+14 are claimed, which allows 1.4e+14",
+        ),
         ({"score_flops_per_token": 1e9}, "scoring a token takes 100.0 forward passes, 20 are allowed"),
     ],
 )
