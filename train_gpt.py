@@ -199,9 +199,9 @@ DEEP = (
     | dict(epochs=18, muon_lr=0.01, weight_decay=1.3, loop_first=15, loop_last=24, loop_times=2)
 )
 
-# The recipe of each track's standing record, where there is one; prose has pocket's until then. The FineWeb
-# presets and mini's have not run on a GPU yet: their shapes follow Slowrun's published scripts, their rates
-# are this script's.
+# The recipe of each track's standing record, where there is one; the prose tracks have pocket's, which is
+# ahead of their first records. The FineWeb presets and mini's have not run on a GPU yet: their shapes follow
+# Slowrun's published scripts, their rates are this script's.
 PRESETS = {
     "pocket": POCKET | dict(epochs=5.7, evals=4),
     "pocket_unlimited": POCKET | dict(epochs=6.0, members=3, distill_alpha=0.4),
