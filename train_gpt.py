@@ -866,6 +866,7 @@ class Batches:
         require(countable, f"--epochs {c.epochs}: {self.steps:,} steps, but checkpoints count to 10,000,000")
         self.phases = [phase_schedule(self.done(step), c) for step in range(self.steps)]
         self.n_bag_steps = sum(phase.bag_size > 1 for phase in self.phases)
+        self.pinned = m.device.type == "cuda"
         self.next_step = None
         self.next_batch = None
         self.bags = self.plain
@@ -882,8 +883,13 @@ class Batches:
         if step == self.next_step:
             return self.next_batch
         if step < self.n_bag_steps:
-            return self.bags.batch(step)
-        return self.plain.batch(step - self.n_bag_steps)
+            x, y, n_targets = self.bags.batch(step)
+        else:
+            x, y, n_targets = self.plain.batch(step - self.n_bag_steps)
+        if self.pinned:  # copies from such memory need not wait for the passes before
+            x = x.pin_memory()
+            y = y.pin_memory()
+        return x, y, n_targets
 
     def prepare(self, step):
         """Make the batch of a step ahead, while a GPU is at work on the one before."""
@@ -1419,10 +1425,11 @@ class MuonAdamW:
         return self.items(name, w)[self.m.rank * size :][:size]
 
     def gather(self, name, shard):
-        """(every rank's shard, one behind the other, and what fills up the last; pending communication)."""
+        """(all items of a parameter, of which each rank has its shard; pending communication)."""
         size = len(self.state[name][0])
-        whole = shard.new_empty(size * self.m.world_size, *shard.shape[1:])
-        return whole, dist.all_gather_single(whole, pad_items(shard, size), async_op=True)
+        padded = shard.new_empty(size * self.m.world_size, *shard.shape[1:])
+        pending = dist.all_gather_single(padded, pad_items(shard, size), async_op=True)
+        return padded[: len(self.items(name, self.p[name]))], pending
 
     @torch.no_grad()
     def whole(self, shards):
@@ -1433,8 +1440,7 @@ class MuonAdamW:
         for name, shard in shards.items():
             items, pending = self.gather(name, shard)
             pending.wait()
-            w = self.p[name]
-            whole[name] = items[: len(self.items(name, w))].view(w.shape)
+            whole[name] = items.view(self.p[name].shape)
         return whole
 
     @torch.no_grad()
@@ -1452,7 +1458,7 @@ class MuonAdamW:
                 grad = whole.new_empty(shard_size, *whole.shape[1:])
                 pending = dist.reduce_scatter_single(grad, whole, async_op=True)
             summed[name] = grad, pending
-        updated = []  # (items, every rank's new ones, pending communication): on the way during later updates
+        updated = []  # (items, their new values, pending communication): on the way during later updates
         for name, w in self.p.items():
             grad, pending = summed.pop(name)
             if pending:
@@ -1462,7 +1468,7 @@ class MuonAdamW:
                 updated.append((self.items(name, w), *self.gather(name, self.shard(name, w))))
         for items, whole, pending in updated:
             pending.wait()
-            items.copy_(whole[: len(items)])
+            items.copy_(whole)
 
     def update(self, name, w, grad, step, lr, wd, momentum):
         """Update this rank's shard of one parameter."""
@@ -2185,6 +2191,11 @@ def training_plan(c, inputs, m, steps=None):
     return plan
 
 
+def plan_without_data(c, m, steps=None):
+    """The training plan for one made-up document as long as the budget, which takes no memory."""
+    return training_plan(c, np.broadcast_to(np.uint16(0), (c.train_tokens, 1 + n_lookups(c))), m, steps)
+
+
 @dataclasses.dataclass
 class Run:
     """What a run is, and how far it has come."""
@@ -2333,9 +2344,8 @@ def measure_speed(plan, m):
 def shortened(c, m, cap, startup, seconds_per_flop):
     """(the config, with fewer epochs if a run of it would not fit in FIT_SHARE of a track's seconds; the
     seconds that the run then takes)"""
-    tokens = np.broadcast_to(np.uint16(0), (c.train_tokens, 1 + n_lookups(c)))
     while True:
-        seconds = startup + seconds_left(training_plan(c, tokens, m), 0, seconds_per_flop, m)
+        seconds = startup + seconds_left(plan_without_data(c, m), 0, seconds_per_flop, m)
         if seconds <= FIT_SHARE * cap:
             return c, seconds
         epochs = math.floor(1000 * c.epochs * FIT_SHARE * cap / seconds) / 1000
@@ -2350,7 +2360,7 @@ def fit(c, m):
     require(cap, f"--fit: track {c.track} has no limit in seconds; leave the option out")
     barrier(m)
     began = time.monotonic()
-    plan = training_plan(c, np.broadcast_to(np.uint16(0), (c.train_tokens, 1 + n_lookups(c))), m)
+    plan = plan_without_data(c, m)
     compile_all(plan, m)
     measured = torch.tensor([measure_speed(plan, m), began - START], dtype=torch.float64, device=m.device)
     seconds_per_flop, startup = (all_reduce(m, measured) / m.world_size).tolist()
@@ -2459,9 +2469,6 @@ def train_step(p, optimizer, model, step, m, teacher):
     c = model.c
     done = model.batches.done(step)
     x, y, n_targets = model.batches.batch(step)
-    if m.device.type == "cuda":  # from pinned memory, copies need not wait for the passes before
-        x = x.pin_memory()
-        y = y.pin_memory()
     rows = c.device_tokens // c.seq_len
     losses = {}
     with step_weights(p, c, m) as weights:
@@ -2690,6 +2697,14 @@ def shard_size(model, m):
     return 4e-9 * n_params(model.c) / m.world_size + memory_estimate(model, m)["optimizer"]
 
 
+def with_expected_vocabulary(c):
+    """The config with the vocabulary of its data, or, where that is not prepared, of its track."""
+    path = data_folder(c) / "meta.json"
+    vocab_size = read_rules(c.track).get("vocab_size", 50257)
+    meta = {"vocab_size": vocab_size, "bos_id": vocab_size - 1}
+    return with_vocabulary(c, read_json(path, check_meta) if path.exists() else meta)
+
+
 def dry_run(c, n_ranks):
     """--dry_run: what a run would take on so many GPUs. Needs neither them nor the data."""
     rules = read_rules(c.track)
@@ -2699,15 +2714,9 @@ def dry_run(c, n_ranks):
         n_ranks > 0 and rows % n_ranks == 0,
         f"--dry_run {n_ranks}: {rows} sequences do not divide among so many",
     )
-    path = data_folder(c) / "meta.json"
-    vocab_size = rules.get("vocab_size", 50257)
-    meta = (
-        read_json(path, check_meta) if path.exists() else {"vocab_size": vocab_size, "bos_id": vocab_size - 1}
-    )
-    c = with_vocabulary(c, meta)
+    c = with_expected_vocabulary(c)
     m = Machine(torch.device("cpu"), torch.float32 if c.dtype == "fp32" else torch.bfloat16, 0, n_ranks)
-    tokens = np.broadcast_to(np.uint16(0), (c.train_tokens, 1))  # one document, which takes no memory
-    plan = training_plan(c, tokens, m)
+    plan = plan_without_data(c, m)
     peak = 0.0
     print(f"{c.track}: {len(plan)} model(s) on {n_ranks} process(es)")
     for model in distinct_models(plan):

@@ -121,6 +121,19 @@ def second_seed(tiny_data, tmp_path_factory):
     return run
 
 
+# ---- train_gpt.py from the inside
+
+
+@pytest.fixture
+def exact():
+    """The test runs in float64."""
+    # Not at the top: contract tests do not import the script.
+    from reference import float64
+
+    with float64():
+        yield
+
+
 # ---- data
 
 

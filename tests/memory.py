@@ -13,7 +13,6 @@ import warnings
 import weakref
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch._functorch.aot_autograd import aot_function
 from torch._functorch.compilers import nop
@@ -158,8 +157,7 @@ def largest_model(c, n_ranks=1, compiled=True, attention="varlen"):
     m = t.Machine(torch.device("cpu"), dtype, 0, n_ranks, attention, compiled, t.block, chunk_grad)
     # As few tokens as keep every phase: how many there are costs no memory, but time to look through.
     c = dataclasses.replace(c, train_tokens=4 * c.batch_tokens)
-    inputs = np.broadcast_to(np.uint16(0), (c.train_tokens, 1))
-    return t.training_plan(c, inputs, m)[-1], m
+    return t.plan_without_data(c, m)[-1], m
 
 
 def preset(track, **changes):

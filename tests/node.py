@@ -93,14 +93,9 @@ def comparable(data):
 
 def planned(options, n_ranks, steps=None):
     """(the models that these options train, a rank's Machine). Needs no data."""
-    c = t.make_config(options)
-    path = t.data_folder(c) / "meta.json"
-    vocab_size = t.read_rules(c.track).get("vocab_size", 50257)
-    meta = {"vocab_size": vocab_size, "bos_id": vocab_size - 1}
-    c = t.with_vocabulary(c, t.read_json(path, t.check_meta) if path.exists() else meta)
+    c = t.with_expected_vocabulary(t.make_config(options))
     m = t.Machine(torch.device("cpu"), torch.bfloat16, 0, n_ranks)
-    tokens = np.broadcast_to(np.uint16(0), (c.train_tokens, 1))  # one document, which takes no memory
-    return t.training_plan(c, tokens, m, steps), m
+    return t.plan_without_data(c, m, steps), m
 
 
 def memory_gb(plan, m):

@@ -28,6 +28,10 @@ def config(**changes):
     return t.Config(**(TINY | dict(vocab_size=257, bos_id=BOS) | changes))
 
 
+def assert_equal(got, expected):
+    torch.testing.assert_close(got, expected, **EXACT)
+
+
 class Float64Torch:
     """What the script sees as torch: float32 is float64. For everyone else torch stays what it is."""
 

@@ -17,8 +17,8 @@ from reference import (
     EPS,
     EXACT,
     allowed_pairs,
+    assert_equal,
     config,
-    float64,
     make_machine,
     make_params,
     plain_attention,
@@ -29,17 +29,6 @@ from reference import (
 pytestmark = pytest.mark.reference
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def exact():
-    """The test runs in float64."""
-    with float64():
-        yield
-
-
-def assert_equal(got, expected):
-    torch.testing.assert_close(got, expected, **EXACT)
 
 
 def random_heads(B, T, n_head=3, head_dim=8):

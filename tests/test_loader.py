@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 import train_gpt as t
 from reference import BOS, config
@@ -154,7 +155,7 @@ def test_bags_come_first_and_count_as_steps():
     """The batches of one model: bags for a fraction of its steps, then single tokens from the beginning of
     their own epoch; `epoch` counts passes over the budget."""
     _, tokens, c = loader_of(made_up_lengths(60), bag_size=3, bag_until=0.25, epochs=4.0)
-    m = t.Machine(None, None)
+    m = t.Machine(torch.device("cpu"), None)
     batches = t.Batches(tokens[:, None], c, m)
     bags = t.Loader(tokens[:, None], c, bag_size=3)
     singles = t.Loader(tokens[:, None], c)
@@ -178,7 +179,7 @@ def test_bags_come_first_and_count_as_steps():
 def test_a_batch_made_ahead_is_that_of_its_step():
     """Whichever is asked for next, as after a resume."""
     _, tokens, c = loader_of(made_up_lengths(60), bag_size=3, bag_until=0.25, epochs=4.0)
-    m = t.Machine(None, None)
+    m = t.Machine(torch.device("cpu"), None)
     batches = t.Batches(tokens[:, None], c, m)
     n_bag_steps = batches.n_bag_steps
     for ahead, asked in ((1, 1), (2, 1), (n_bag_steps, n_bag_steps), (n_bag_steps, n_bag_steps + 1)):

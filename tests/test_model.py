@@ -14,8 +14,8 @@ from reference import (
     BOS,
     EPS,
     EXACT,
+    assert_equal,
     config,
-    float64,
     head_logits,
     make_machine,
     make_params,
@@ -27,17 +27,6 @@ from reference import (
 pytestmark = pytest.mark.reference
 
 LOOK_UP = dict(recall="1,2", memory="1,2")
-
-
-@pytest.fixture
-def exact():
-    """The test runs in float64."""
-    with float64():
-        yield
-
-
-def assert_equal(got, expected):
-    torch.testing.assert_close(got, expected, **EXACT)
 
 
 def forward(p, x, c, m, phase, **kwargs):

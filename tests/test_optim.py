@@ -7,16 +7,9 @@ import pytest
 import torch
 
 import train_gpt as t
-from reference import EXACT, config, float64, make_machine, make_params
+from reference import EXACT, config, make_machine, make_params
 
 pytestmark = pytest.mark.reference
-
-
-@pytest.fixture
-def exact():
-    """The test runs in float64."""
-    with float64():
-        yield
 
 
 def polar_express(x):
