@@ -13,12 +13,11 @@ A run writes a folder: log.txt (this source, the environment, every step, the re
 step), record.json, val_nll.npy and the weights. Change anything you like except the command line: a referee
 calls it.
 
-Sections, in order: config, schedules, machine, data, model, objective, optimizer, checkpoint, scoring,
-training, dry run, terminal, main. To change the model, see param_table and block; the loss: loss_function;
-the optimizer: muon_update and adamw_update. A step is train_command > train > train_model > train_step >
-train_pass > forward and objective, then optimizer.step. Everywhere, c is the Config, m the Machine, and p
-the weights, a dict of tensors by name. The look-ups' n-grams (Streams, Lookup), checkpoint, scoring, dry run,
-terminal and main can wait for a second reading.
+The first half is the recipe, what records change: config, schedules, model, objective, optimizer, batches,
+training, scoring. To change the model, see param_table and block; the loss: loss_function; the optimizer:
+muon_update and adamw_update. A step is train_model > train_step > train_pass > forward and objective, then
+optimizer.step. The second half is the harness: machine, files, checkpoints, log, command line. Everywhere, c
+is the Config, m the Machine, and p the weights, a dict of tensors by name.
 """
 
 import time
@@ -96,6 +95,11 @@ class UserError(Exception):
 def require(condition, message):
     if not condition:
         raise UserError(message)
+
+
+# ============================================================================================================
+# Part one: the recipe, which is what records change
+# ============================================================================================================
 
 
 # ---- config ------------------------------------------------------------------------------------------------
@@ -357,554 +361,6 @@ def phase_schedule(done, c):
         loop = layers[c.loop_first : c.loop_last + 1]
         layers[c.loop_last + 1 : c.loop_last + 1] = loop * c.loop_times
     return Phase(tuple(layers), c.bag_size if done < c.bag_until else 1)
-
-
-# ---- machine -----------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Machine:
-    """What this process runs on, and what follows from it."""
-
-    device: torch.device
-    dtype: torch.dtype  # of activations, and of matrices while they are multiplied; parameters stay float32
-    rank: int = 0
-    world_size: int = 1
-    attention: str = "sdpa"
-    compiled: bool = False
-    # block() and chunk_grad() for training, compiled or as they stand; of set_compiled. Scoring runs block().
-    block: object = None
-    chunk_grad: object = None
-    reasons: dict = dataclasses.field(default_factory=dict)  # of each choice, for the log
-
-    @property
-    def is_main(self):
-        return self.rank == 0
-
-
-class Launch(NamedTuple):
-    """This process's place among all, and among those on this machine, as torchrun tells it."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-
-
-def launched():
-    names = [name.upper() for name in Launch._fields]
-    told = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
-    remedy = "start several processes with torchrun; for one process, unset these"
-    try:
-        place = Launch(*(int(os.environ.get(name, n)) for name, n in zip(names, Launch(), strict=True)))
-    except ValueError:
-        raise UserError(f"{' '.join(told)}: not numbers; {remedy}") from None
-    fits = 0 <= place.local_rank < place.local_world_size <= place.world_size
-    fits = fits and place.local_rank <= place.rank < place.world_size
-    require(fits, f"{' '.join(told)}: do not fit together; {remedy}")
-    found = place.world_size == 1 or {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    require(found, f"{' '.join(told)}: ranks meet by RANK, MASTER_ADDR and MASTER_PORT; {remedy}")
-    return place
-
-
-def check_compiler_cache():
-    """Replace a TORCHINDUCTOR_CACHE_DIR that cannot be written by a temporary folder. PyTorch makes it with
-    the first backward pass, compiled or not, and would fail there."""
-    path = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    if not path:
-        return
-    try:
-        os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as e:
-        do_without(f"TORCHINDUCTOR_CACHE_DIR {path}: cannot be written, so a temporary folder is used", e)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchinductor_")
-
-
-def setup_machine(c, args):
-    """Find the device, join the other ranks if there are several, choose dtype and attention."""
-    check_compiler_cache()
-    rank, world_size, local_rank, local_world_size = launched()
-    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
-    if cuda:
-        n_gpus = torch.cuda.device_count()
-        require(
-            local_world_size <= n_gpus,
-            f"--device cuda: torch sees {n_gpus} GPU(s) for {local_world_size} process(es); "
-            "start fewer, or use --device cpu",
-        )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        device = torch.device("cpu")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, min(c.cpu_threads, cores) // local_world_size))
-        capabilities = torch.cpu.get_capabilities()
-        has_bf16 = capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
-    if world_size > 1:
-        # While the first rank writes to a slow disk, the others wait.
-        patience = datetime.timedelta(minutes=30)
-        device_id = device if cuda else None
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, device_id=device_id)
-    use_bf16 = has_bf16 if c.dtype == "auto" else c.dtype == "bf16"
-    m = Machine(device, torch.bfloat16 if use_bf16 else torch.float32, rank, world_size)
-    name = "bf16" if use_bf16 else "fp32"
-    m.reasons["dtype"] = f"{name} (the processor {'has' if has_bf16 else 'lacks'} bf16)"
-    choose_attention(m, c, args.attention)
-    return m
-
-
-def choose_attention(m, c, wanted):
-    """The first of varlen flash attention, FlexAttention and SDPA that works here, forward and backward."""
-    available = ("varlen", "flex", "sdpa") if m.device.type == "cuda" else ("sdpa",)
-    require(wanted in ("auto", *available), f"--attention {wanted}: needs a GPU; use --attention sdpa")
-    failures = []
-    for name in available if wanted == "auto" else (wanted,):
-        try:
-            shape = (2, 128, c.n_head, c.n_embd // c.n_head)
-            q = torch.randn(shape, device=m.device, dtype=m.dtype, requires_grad=True)
-            starts = torch.zeros(2, 128, dtype=torch.bool, device=m.device)
-            masks = attention_masks(starts, [64], name, m.dtype)
-            attention(q, q, q, masks[64], name).sum().backward()
-        except Exception as e:  # whatever a missing or refusing kernel raises: the reason goes to the log
-            failures.append(f"{name} does not work here: {first_line(e)}")
-            continue
-        m.attention = name
-        m.reasons["attention"] = f"{name} ({'; '.join(failures) or 'the best that works here'})"
-        return
-    raise UserError(f"--attention {wanted}: {'; '.join(failures)}")
-
-
-# On a CPU, compiling takes about a minute, and steps are then 1.1 to 1.5 times as fast: a training of a few
-# minutes is over sooner without it.
-COMPILE_FROM_FLOPS = 2e13
-
-
-def set_compiled(m, wanted, train_flops=math.inf, failure=None):
-    """Use the compiled or the plain functions. torch.compile needs Triton on a GPU, a C++ compiler on a CPU.
-    One layer is compiled, not the whole model: all layers share the code, in whatever order a phase runs
-    them."""
-    if m.device.type == "cuda":
-        name = "Triton"
-        found = torch.utils._triton.has_triton()
-        pays = True
-    else:
-        name = "a C++ compiler"
-        found = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-        pays = train_flops >= COMPILE_FROM_FLOPS
-    require(found or wanted != "on", f"--compile on: needs {name}; install it, or use --compile auto")
-    m.compiled = found and failure is None and (wanted == "on" or (wanted == "auto" and pays))
-    reason = failure or f"{name} {'found' if found else 'not found'}, --compile {wanted}"
-    if wanted == "auto" and not pays:
-        reason = f"training is short, {train_flops:.3g} FLOPs; --compile on compiles anyway"
-    m.reasons["compiled"] = f"{'yes' if m.compiled else 'no'} ({reason})"
-    m.block = block
-    m.chunk_grad = chunk_grad
-    if m.compiled:
-        # Windows, phases and last micro-batches each bring new shapes.
-        torch._dynamo.config.recompile_limit = 64
-        m.block = torch.compile(block, dynamic=False)
-        m.chunk_grad = torch.compile(chunk_grad, dynamic=False)
-
-
-def all_reduce(m, tensor):
-    """Sum over the ranks, in place."""
-    if m.world_size > 1:
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def all_gather(m, value):
-    """The values of all ranks, any Python objects."""
-    values = [value]
-    if m.world_size > 1:
-        values = [None] * m.world_size
-        dist.all_gather_object(values, value)
-    return values
-
-
-def barrier(m):
-    if m.world_size > 1:
-        dist.barrier()
-
-
-def hardware(m):
-    if m.device.type == "cuda":
-        return f"{m.world_size} x {torch.cuda.get_device_name(m.device)}"
-    cpuinfo = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-
-
-def seconds_waited():
-    """Seconds that this process's threads waited for a processor; 0 where the system keeps no count."""
-    waited = 0
-    for path in Path("/proc/self/task").glob("*/schedstat"):
-        with contextlib.suppress(OSError):  # a thread may end meanwhile
-            waited += int(path.read_text().split()[1])
-    return waited / 1e9
-
-
-# ---- data --------------------------------------------------------------------------------------------------
-
-HEADER_INTS = 256
-MAGIC = 20240520  # the shard format of llm.c and modded-nanogpt; data/README.md
-MAX_TOKEN_BYTES = 2**30  # of a file of tokens: five times the largest that a track has
-MAX_JSON_BYTES = 2**20
-NO_TOKEN = 65535  # where a look-up finds nothing; no token has this id
-
-
-def data_folder(c):
-    return Path(c.data) if os.sep in c.data else HERE / "data" / c.data
-
-
-def from_prepare(function, *args):
-    """What a function of data/prepare.py returns. Runs whose data is there do not need that file."""
-    from data import prepare
-
-    try:
-        return getattr(prepare, function)(*args)
-    except prepare.DataError as e:
-        raise UserError(str(e)) from None
-
-
-def read_file(path, limit, parse):
-    """parse(the bytes of a file), which raises anything where they are not as they should be. Every file that
-    somebody else may have made is read here: UserError where it is a pipe or a device, which might never end,
-    where it has more than `limit` bytes, and where parse() raises."""
-    try:
-        require(path.is_file(), "no such file, or not a plain one; check the path")
-        size = path.stat().st_size
-        require(size <= limit, f"{size:,} bytes, more than the {limit:,} that such a file may have")
-        return parse(path.read_bytes())
-    except UserError as e:
-        problem = str(e)
-    except OSError as e:
-        problem = e.strerror
-    except Exception as e:
-        problem = f"damaged, or of another version of this script ({first_line(e)})"
-    raise UserError(f"{path}: {problem}")
-
-
-def read_json(path, check):
-    """check(what the file holds), which raises where that is not as it should be."""
-    return read_file(path, MAX_JSON_BYTES, lambda data: check(json.loads(data)))
-
-
-def check_meta(meta):
-    """meta, if it describes token shards; else KeyError, TypeError or UserError."""
-    texts = [meta["tokenizer"], meta["sha256"]["train.bin"], meta["sha256"]["val.bin"]]
-    numbers = bos_id, vocab_size, text_bytes = meta["bos_id"], meta["vocab_size"], meta["text_bytes"]["val"]
-    typed = {type(text) for text in texts} == {str} and {type(number) for number in numbers} == {int}
-    in_range = typed and 0 <= bos_id < vocab_size <= NO_TOKEN and 0 < text_bytes < 2**40
-    require(
-        in_range, "bos_id, vocab_size or text_bytes is not a whole number in its range, or a text is none"
-    )
-    return meta
-
-
-def find_data(c, m):
-    """The folder of the run's data. The pocket shards are prepared on the spot where they are missing."""
-    folder = data_folder(c)
-    if c.data == "pocket" and m.is_main and not (folder / "meta.json").exists():
-        from_prepare("prepare_pocket")
-    barrier(m)
-    known = {preset.get("data") for preset in PRESETS.values()}
-    command = f"python data/prepare.py {c.data if c.data in known else '--help'}"
-    remedy = f"prepare it with {command}, or say with --data where it is"
-    require(folder.is_dir(), f"{folder}: no data there; {remedy}")
-    return folder
-
-
-def with_vocabulary(c, meta):
-    """The config with the vocabulary of its data."""
-    for name in ("vocab_size", "bos_id"):
-        value = getattr(c, name)
-        require(
-            value in (0, meta[name]), f"--{name} {value}: the data has {meta[name]}; leave the option out"
-        )
-    return dataclasses.replace(c, vocab_size=meta["vocab_size"], bos_id=meta["bos_id"])
-
-
-def read_shard(path, vocab_size, sha256=None):
-    """Token ids of a shard, uint16 [n], after every check of the file. It is read once: what a run trains on
-    is what was checked, whatever happens to the file meanwhile."""
-
-    def parse(data):
-        header = np.frombuffer(data[: 4 * HEADER_INTS], dtype="<i4")
-        is_shard = len(header) == HEADER_INTS and header[0] == MAGIC and header[1] == 1
-        require(is_shard, "not a token shard; data/README.md has the format")
-        n = int(header[2])
-        expected = 4 * HEADER_INTS + 2 * n
-        fits = n > 1 and len(data) == expected
-        found = f"{len(data):,} bytes, its header's {n:,} tokens take {expected:,}"
-        require(fits, f"{found}; prepare the data again")
-        unchanged = sha256 in (None, hashlib.sha256(data).hexdigest())
-        require(unchanged, "changed, its sha256 is not meta.json's; prepare the data again")
-        return check_ids(np.frombuffer(data, dtype="<u2", offset=4 * HEADER_INTS), vocab_size)
-
-    return read_file(path, MAX_TOKEN_BYTES, parse)
-
-
-def read_streams(path, vocab_size):
-    """Token ids of independent streams, uint16 [n_streams, length], in a .npy file."""
-
-    def parse(data):
-        # Read by hand: numpy would first allocate whatever the header claims.
-        f = io.BytesIO(data)
-        require(np.lib.format.read_magic(f) == (1, 0), "not a .npy file of version 1.0")
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(f)
-        fits = dtype == np.uint16 and len(shape) == 2 and 0 < 2 * math.prod(shape) == len(data) - f.tell()
-        require(fits, f"{dtype} {list(shape)} or cut short, not uint16 [n_streams, length]")
-        streams = np.frombuffer(data, dtype="<u2", offset=f.tell())
-        return check_ids(streams.reshape(shape, order="F" if is_fortran else "C"), vocab_size)
-
-    return read_file(path, MAX_TOKEN_BYTES, parse)
-
-
-def check_ids(tokens, vocab_size):
-    highest = int(tokens.max())
-    known = highest < vocab_size
-    require(known, f"holds token {highest}, but the vocabulary has only {vocab_size}: another tokenizer's?")
-    return tokens
-
-
-def lengths(text):
-    """The n-gram lengths of c.recall or c.memory."""
-    return [int(n) for n in text.split(",") if n]
-
-
-def n_lookups(c):
-    """How many tokens the model reads beside each."""
-    return len(lengths(c.recall)) + len(lengths(c.memory))
-
-
-class Streams:
-    """Independent streams of ids [n_streams, length], laid end to end, and what look-ups need of them."""
-
-    def __init__(self, streams, bos_id):
-        self.tokens = streams.reshape(-1)
-        starts = self.tokens == bos_id
-        starts[:: streams.shape[1]] = True
-        place = np.arange(len(self.tokens))
-        self.document = np.cumsum(starts, dtype=np.uint64)  # each token's document
-        begins = np.maximum.accumulate(np.where(starts, place, 0))
-        self.offset = place - begins  # each token's position in its document
-        # Random codes of the tokens, times powers of an odd number, modulo 2**64. The hash of every n-gram
-        # is then a difference of one running sum, shifted to a common power.
-        base = 0x9E3779B97F4A7C15
-        codes = np.random.default_rng(0).integers(0, 2**64, NO_TOKEN + 1, dtype=np.uint64)
-        self.power = np.cumprod(np.full(len(place), base, dtype=np.uint64))
-        inverse_power = np.cumprod(np.full(len(place), pow(base, -1, 2**64), dtype=np.uint64))
-        self.running_sum = np.cumsum(codes[self.tokens] * inverse_power)
-
-    def ngrams(self, n):
-        """A hash, uint64, of the n-gram that ends at each token i: the sum of code[j] * base**(i - j) over
-        its n tokens j. Equal n-grams have equal hashes anywhere."""
-        before = np.zeros_like(self.running_sum)
-        before[n:] = self.running_sum[:-n]
-        return (self.running_sum - before) * self.power
-
-
-class Lookup:
-    """Makes the model's inputs: each token, and beside it, for each length n of c.recall, the token that
-    followed the last occurrence in the same document of the n tokens that end here; for each of c.memory the
-    same from the training documents. Training tokens skip matches in their own document: unseen text has none
-    in memory, and a model that had seen them would trust memory too much. NO_TOKEN where there is no
-    occurrence. Hard-wired induction (2401.12973) and retrieval (2112.04426): exact, without attention, as far
-    back as the document goes, and never ahead."""
-
-    def __init__(self, train_tokens, c):
-        """train_tokens: [n] of the budget; without c.memory they are only needed for training."""
-        self.train_tokens = train_tokens
-        self.c = c
-        self.index = []  # for each length of c.memory: the n-grams of the training tokens in sorted order
-        if not c.memory:
-            return
-        streams = Streams(train_tokens[None], c.bos_id)
-        place = np.arange(len(train_tokens) - 1)
-        for n in lengths(c.memory):
-            # Nothing follows the last token. N-grams across a document's boundary are indexed, too, but hold
-            # a BOS inside, as no query does.
-            ngram = streams.ngrams(n)[:-1]
-            order = np.argsort(ngram, kind="stable")
-            ngram = ngram[order]
-            document = streams.document[order]
-            # Where a run of one n-gram in one document begins: the entry before it is of another document.
-            begins = np.append(True, (ngram[1:] != ngram[:-1]) | (document[1:] != document[:-1]))
-            run_start = np.maximum.accumulate(np.where(begins, place, 0))
-            self.index.append((order, ngram, document, run_start))
-
-    def training_inputs(self):
-        """Those of the training tokens, as one stream: uint16 [n, 1 + n_lookups(c)]."""
-        return self.inputs(self.train_tokens[None], in_training=True)[0]
-
-    def inputs(self, ids, in_training=False):
-        """Of streams of ids [n_streams, length]: uint16 [n_streams, length, 1 + n_lookups(c)]."""
-        c = self.c
-        if n_lookups(c) == 0:
-            return ids[..., None]
-        streams = Streams(ids, c.bos_id)
-        columns = np.full((1 + n_lookups(c), ids.size), NO_TOKEN, dtype=np.uint16)
-        columns[0] = streams.tokens
-        recall = lengths(c.recall)
-        for column, n in zip(columns[1:], recall, strict=False):
-            ngram = streams.ngrams(n) + streams.document * np.uint64(0xD6E8FEB86659FD93)
-            order = np.argsort(ngram, kind="stable")
-            here = order[1:]
-            before = order[:-1]
-            found = (ngram[here] == ngram[before]) & (streams.offset[before] >= n - 1)
-            column[here[found]] = streams.tokens[before[found] + 1]
-        memory = zip(columns[1 + len(recall) :], lengths(c.memory), self.index, strict=True)
-        for column, n, (order, known, document, run_start) in memory:
-            ngram = streams.ngrams(n)
-            by_value = np.argsort(ngram)  # sorted queries are several times as fast
-            match = np.empty(ids.size, np.int64)
-            match[by_value] = np.searchsorted(known, ngram[by_value], side="right") - 1
-            if in_training:
-                # The last match is in this very document: take the entry before the document's run, which may
-                # be of another n-gram and is then no match.
-                own = document[match] == streams.document
-                match = np.where(own, run_start[match] - 1, match)
-            found = (match >= 0) & (known[match] == ngram) & (streams.offset >= n - 1)
-            column[found] = self.train_tokens[order[match[found]] + 1]
-        return columns.T.reshape(*ids.shape, -1)
-
-
-class Loader:
-    """Training batches as a function of the step alone: nothing to save, any position can be resumed.
-
-    An epoch is the budget's documents in an order drawn from (seed, epoch), laid end to end and cut every
-    seq_len tokens into rows, which are then shuffled. A document that would end with its row is taken
-    early, so that the next row starts at a BOS. Every token but the epoch's first is a target exactly once;
-    the last row is filled up with targets of -1, which do not count. With bags of s tokens a row holds s *
-    seq_len tokens, and each bag's targets are the s tokens of the next bag. inputs: [n, 1 + n_lookups(c)]
-    of Lookup; the first c.train_tokens are used."""
-
-    def __init__(self, inputs, c, rank=0, world_size=1, bag_size=1):
-        self.inputs = inputs[: c.train_tokens]
-        self.n = len(self.inputs)
-        self.c = c
-        self.bag_size = bag_size
-        self.row_tokens = c.seq_len * bag_size
-        self.starts = np.union1d([0], np.flatnonzero(self.inputs[:, 0] == c.bos_id))
-        self.lengths = np.diff(np.append(self.starts, self.n))
-        # Rounded up. The first token (or bag) of an epoch is no target.
-        self.rows_per_epoch = max(1, -(-(self.n - bag_size) // self.row_tokens))
-        self.batch_rows = c.batch_tokens // c.seq_len
-        self.shard = range(rank * self.batch_rows // world_size, (rank + 1) * self.batch_rows // world_size)
-        self.steps = max(1, int(c.epochs * self.rows_per_epoch) // self.batch_rows)
-        self.epoch = None
-
-    def start_epoch(self, epoch):
-        rng = np.random.default_rng((self.c.seed, epoch))
-        shuffled = rng.permutation(len(self.starts))
-        by_length = {}
-        for d in shuffled:
-            by_length.setdefault(self.lengths[d], []).append(d)
-        order = []
-        placed = set()
-        filled = 0
-        # Documents in shuffled order; but wherever one that is left would end exactly with the row, it comes
-        # first.
-        for d in shuffled:
-            while d not in placed:
-                fitting = by_length.get(-filled % self.row_tokens)
-                while fitting and fitting[-1] in placed:
-                    fitting.pop()
-                chosen = fitting.pop() if fitting else d
-                order.append(chosen)
-                placed.add(chosen)
-                filled += self.lengths[chosen]
-        self.epoch = epoch
-        self.ends = np.cumsum(self.lengths[order])
-        # From a place in the epoch's stream to the same token's place in inputs.
-        self.shift = self.starts[order] + self.lengths[order] - self.ends
-        self.rows = rng.permutation(self.rows_per_epoch)
-
-    def row(self, i):
-        """Row i of the epoch's stream and the next token (or bag), as far as there are any."""
-        at = i * self.row_tokens
-        stop = min(at + self.row_tokens + self.bag_size, self.n)
-        first, last = np.searchsorted(self.ends, (at, stop - 1), side="right")
-        cuts = [at, *self.ends[first:last], stop]
-        shifts = self.shift[first : last + 1]
-        pieces = zip(cuts[:-1], cuts[1:], shifts, strict=True)
-        return np.concatenate([self.inputs[a + shift : b + shift] for a, b, shift in pieces])
-
-    def batch(self, step):
-        """This rank's inputs, int64 [rows, row_tokens, 1 + n_lookups(c)], its targets [rows, seq_len,
-        bag_size], and the number of targets in the batch of all ranks."""
-        n = self.row_tokens
-        bag_size = self.bag_size
-        x = np.full((len(self.shard), n, self.inputs.shape[1]), self.c.bos_id, dtype=np.int64)
-        y = np.full((len(self.shard), n), -1, dtype=np.int64)
-        n_targets = 0
-        for j in range(self.batch_rows):
-            epoch, k = divmod(step * self.batch_rows + j, self.rows_per_epoch)
-            if epoch != self.epoch:
-                self.start_epoch(epoch)
-            i = int(self.rows[k])
-            n_targets += max(0, min(n, self.n - bag_size - i * n))
-            if j in self.shard:
-                row = self.row(i)
-                at = j - self.shard.start
-                x[at, : len(row[:n])] = row[:n]
-                y[at, : len(row[bag_size:])] = row[bag_size:, 0]
-        return torch.from_numpy(x), torch.from_numpy(y).unflatten(1, (-1, bag_size)), n_targets
-
-
-class Batches:
-    """What one model trains on at each step: bags first, if it has any, then single tokens."""
-
-    def __init__(self, inputs, c, m, steps=None):
-        self.plain = Loader(inputs, c, m.rank, m.world_size)
-        self.steps = min(self.plain.steps, steps or self.plain.steps)
-        countable = self.steps < 10**7
-        require(countable, f"--epochs {c.epochs}: {self.steps:,} steps, but checkpoints count to 10,000,000")
-        self.phases = [phase_schedule(self.done(step), c) for step in range(self.steps)]
-        self.n_bag_steps = sum(phase.bag_size > 1 for phase in self.phases)
-        self.pinned = m.device.type == "cuda"
-        self.next_step = None
-        self.next_batch = None
-        self.bags = self.plain
-        if self.n_bag_steps:
-            self.bags = Loader(inputs, c, m.rank, m.world_size, c.bag_size)
-
-    def done(self, step):
-        """The fraction of training that is done in the middle of a step: neither the first nor the last step
-        is wasted on a rate of zero."""
-        return (step + 0.5) / self.steps
-
-    def batch(self, step):
-        """As Loader.batch."""
-        if step == self.next_step:
-            return self.next_batch
-        if step < self.n_bag_steps:
-            x, y, n_targets = self.bags.batch(step)
-        else:
-            x, y, n_targets = self.plain.batch(step - self.n_bag_steps)
-        if self.pinned:  # copies from such memory need not wait for the passes before
-            x = x.pin_memory()
-            y = y.pin_memory()
-        return x, y, n_targets
-
-    def prepare(self, step):
-        """Make the batch of a step ahead, while a GPU is at work on the one before."""
-        self.next_batch = self.batch(step)
-        self.next_step = step
-
-    def epoch(self, step):
-        """Passes over the budget in the first `step` steps."""
-        in_bags = min(step, self.n_bag_steps)
-        in_singles = step - in_bags
-        rows = self.plain.batch_rows
-        return in_bags * rows / self.bags.rows_per_epoch + in_singles * rows / self.plain.rows_per_epoch
-
-    def tokens_seen(self):
-        return sum(self.plain.batch_rows * self.plain.row_tokens * phase.bag_size for phase in self.phases)
 
 
 # ---- model -------------------------------------------------------------------------------------------------
@@ -1524,6 +980,823 @@ def pad_items(x, n):
     return torch.cat([x, x.new_zeros(n - len(x), *x.shape[1:])])
 
 
+# ---- batches, and the look-ups that stand beside each token ------------------------------------------------
+
+NO_TOKEN = 65535  # where a look-up finds nothing; no token has this id
+
+
+def lengths(text):
+    """The n-gram lengths of c.recall or c.memory."""
+    return [int(n) for n in text.split(",") if n]
+
+
+def n_lookups(c):
+    """How many tokens the model reads beside each."""
+    return len(lengths(c.recall)) + len(lengths(c.memory))
+
+
+class Streams:
+    """Independent streams of ids [n_streams, length], laid end to end, and what look-ups need of them."""
+
+    def __init__(self, streams, bos_id):
+        self.tokens = streams.reshape(-1)
+        starts = self.tokens == bos_id
+        starts[:: streams.shape[1]] = True
+        place = np.arange(len(self.tokens))
+        self.document = np.cumsum(starts, dtype=np.uint64)  # each token's document
+        begins = np.maximum.accumulate(np.where(starts, place, 0))
+        self.offset = place - begins  # each token's position in its document
+        # Random codes of the tokens, times powers of an odd number, modulo 2**64. The hash of every n-gram
+        # is then a difference of one running sum, shifted to a common power.
+        base = 0x9E3779B97F4A7C15
+        codes = np.random.default_rng(0).integers(0, 2**64, NO_TOKEN + 1, dtype=np.uint64)
+        self.power = np.cumprod(np.full(len(place), base, dtype=np.uint64))
+        inverse_power = np.cumprod(np.full(len(place), pow(base, -1, 2**64), dtype=np.uint64))
+        self.running_sum = np.cumsum(codes[self.tokens] * inverse_power)
+
+    def ngrams(self, n):
+        """A hash, uint64, of the n-gram that ends at each token i: the sum of code[j] * base**(i - j) over
+        its n tokens j. Equal n-grams have equal hashes anywhere."""
+        before = np.zeros_like(self.running_sum)
+        before[n:] = self.running_sum[:-n]
+        return (self.running_sum - before) * self.power
+
+
+class Lookup:
+    """Makes the model's inputs: each token, and beside it, for each length n of c.recall, the token that
+    followed the last occurrence in the same document of the n tokens that end here; for each of c.memory the
+    same from the training documents. Training tokens skip matches in their own document: unseen text has none
+    in memory, and a model that had seen them would trust memory too much. NO_TOKEN where there is no
+    occurrence. Hard-wired induction (2401.12973) and retrieval (2112.04426): exact, without attention, as far
+    back as the document goes, and never ahead."""
+
+    def __init__(self, train_tokens, c):
+        """train_tokens: [n] of the budget; without c.memory they are only needed for training."""
+        self.train_tokens = train_tokens
+        self.c = c
+        self.index = []  # for each length of c.memory: the n-grams of the training tokens in sorted order
+        if not c.memory:
+            return
+        streams = Streams(train_tokens[None], c.bos_id)
+        place = np.arange(len(train_tokens) - 1)
+        for n in lengths(c.memory):
+            # Nothing follows the last token. N-grams across a document's boundary are indexed, too, but hold
+            # a BOS inside, as no query does.
+            ngram = streams.ngrams(n)[:-1]
+            order = np.argsort(ngram, kind="stable")
+            ngram = ngram[order]
+            document = streams.document[order]
+            # Where a run of one n-gram in one document begins: the entry before it is of another document.
+            begins = np.append(True, (ngram[1:] != ngram[:-1]) | (document[1:] != document[:-1]))
+            run_start = np.maximum.accumulate(np.where(begins, place, 0))
+            self.index.append((order, ngram, document, run_start))
+
+    def training_inputs(self):
+        """Those of the training tokens, as one stream: uint16 [n, 1 + n_lookups(c)]."""
+        return self.inputs(self.train_tokens[None], in_training=True)[0]
+
+    def inputs(self, ids, in_training=False):
+        """Of streams of ids [n_streams, length]: uint16 [n_streams, length, 1 + n_lookups(c)]."""
+        c = self.c
+        if n_lookups(c) == 0:
+            return ids[..., None]
+        streams = Streams(ids, c.bos_id)
+        columns = np.full((1 + n_lookups(c), ids.size), NO_TOKEN, dtype=np.uint16)
+        columns[0] = streams.tokens
+        recall = lengths(c.recall)
+        for column, n in zip(columns[1:], recall, strict=False):
+            ngram = streams.ngrams(n) + streams.document * np.uint64(0xD6E8FEB86659FD93)
+            order = np.argsort(ngram, kind="stable")
+            here = order[1:]
+            before = order[:-1]
+            found = (ngram[here] == ngram[before]) & (streams.offset[before] >= n - 1)
+            column[here[found]] = streams.tokens[before[found] + 1]
+        memory = zip(columns[1 + len(recall) :], lengths(c.memory), self.index, strict=True)
+        for column, n, (order, known, document, run_start) in memory:
+            ngram = streams.ngrams(n)
+            by_value = np.argsort(ngram)  # sorted queries are several times as fast
+            match = np.empty(ids.size, np.int64)
+            match[by_value] = np.searchsorted(known, ngram[by_value], side="right") - 1
+            if in_training:
+                # The last match is in this very document: take the entry before the document's run, which may
+                # be of another n-gram and is then no match.
+                own = document[match] == streams.document
+                match = np.where(own, run_start[match] - 1, match)
+            found = (match >= 0) & (known[match] == ngram) & (streams.offset >= n - 1)
+            column[found] = self.train_tokens[order[match[found]] + 1]
+        return columns.T.reshape(*ids.shape, -1)
+
+
+class Loader:
+    """Training batches as a function of the step alone: nothing to save, any position can be resumed.
+
+    An epoch is the budget's documents in an order drawn from (seed, epoch), laid end to end and cut every
+    seq_len tokens into rows, which are then shuffled. A document that would end with its row is taken
+    early, so that the next row starts at a BOS. Every token but the epoch's first is a target exactly once;
+    the last row is filled up with targets of -1, which do not count. With bags of s tokens a row holds s *
+    seq_len tokens, and each bag's targets are the s tokens of the next bag. inputs: [n, 1 + n_lookups(c)]
+    of Lookup; the first c.train_tokens are used."""
+
+    def __init__(self, inputs, c, rank=0, world_size=1, bag_size=1):
+        self.inputs = inputs[: c.train_tokens]
+        self.n = len(self.inputs)
+        self.c = c
+        self.bag_size = bag_size
+        self.row_tokens = c.seq_len * bag_size
+        self.starts = np.union1d([0], np.flatnonzero(self.inputs[:, 0] == c.bos_id))
+        self.lengths = np.diff(np.append(self.starts, self.n))
+        # Rounded up. The first token (or bag) of an epoch is no target.
+        self.rows_per_epoch = max(1, -(-(self.n - bag_size) // self.row_tokens))
+        self.batch_rows = c.batch_tokens // c.seq_len
+        self.shard = range(rank * self.batch_rows // world_size, (rank + 1) * self.batch_rows // world_size)
+        self.steps = max(1, int(c.epochs * self.rows_per_epoch) // self.batch_rows)
+        self.epoch = None
+
+    def start_epoch(self, epoch):
+        rng = np.random.default_rng((self.c.seed, epoch))
+        shuffled = rng.permutation(len(self.starts))
+        by_length = {}
+        for d in shuffled:
+            by_length.setdefault(self.lengths[d], []).append(d)
+        order = []
+        placed = set()
+        filled = 0
+        # Documents in shuffled order; but wherever one that is left would end exactly with the row, it comes
+        # first.
+        for d in shuffled:
+            while d not in placed:
+                fitting = by_length.get(-filled % self.row_tokens)
+                while fitting and fitting[-1] in placed:
+                    fitting.pop()
+                chosen = fitting.pop() if fitting else d
+                order.append(chosen)
+                placed.add(chosen)
+                filled += self.lengths[chosen]
+        self.epoch = epoch
+        self.ends = np.cumsum(self.lengths[order])
+        # From a place in the epoch's stream to the same token's place in inputs.
+        self.shift = self.starts[order] + self.lengths[order] - self.ends
+        self.rows = rng.permutation(self.rows_per_epoch)
+
+    def row(self, i):
+        """Row i of the epoch's stream and the next token (or bag), as far as there are any."""
+        at = i * self.row_tokens
+        stop = min(at + self.row_tokens + self.bag_size, self.n)
+        first, last = np.searchsorted(self.ends, (at, stop - 1), side="right")
+        cuts = [at, *self.ends[first:last], stop]
+        shifts = self.shift[first : last + 1]
+        pieces = zip(cuts[:-1], cuts[1:], shifts, strict=True)
+        return np.concatenate([self.inputs[a + shift : b + shift] for a, b, shift in pieces])
+
+    def batch(self, step):
+        """This rank's inputs, int64 [rows, row_tokens, 1 + n_lookups(c)], its targets [rows, seq_len,
+        bag_size], and the number of targets in the batch of all ranks."""
+        n = self.row_tokens
+        bag_size = self.bag_size
+        x = np.full((len(self.shard), n, self.inputs.shape[1]), self.c.bos_id, dtype=np.int64)
+        y = np.full((len(self.shard), n), -1, dtype=np.int64)
+        n_targets = 0
+        for j in range(self.batch_rows):
+            epoch, k = divmod(step * self.batch_rows + j, self.rows_per_epoch)
+            if epoch != self.epoch:
+                self.start_epoch(epoch)
+            i = int(self.rows[k])
+            n_targets += max(0, min(n, self.n - bag_size - i * n))
+            if j in self.shard:
+                row = self.row(i)
+                at = j - self.shard.start
+                x[at, : len(row[:n])] = row[:n]
+                y[at, : len(row[bag_size:])] = row[bag_size:, 0]
+        return torch.from_numpy(x), torch.from_numpy(y).unflatten(1, (-1, bag_size)), n_targets
+
+
+class Batches:
+    """What one model trains on at each step: bags first, if it has any, then single tokens."""
+
+    def __init__(self, inputs, c, m, steps=None):
+        self.plain = Loader(inputs, c, m.rank, m.world_size)
+        self.steps = min(self.plain.steps, steps or self.plain.steps)
+        countable = self.steps < 10**7
+        require(countable, f"--epochs {c.epochs}: {self.steps:,} steps, but checkpoints count to 10,000,000")
+        self.phases = [phase_schedule(self.done(step), c) for step in range(self.steps)]
+        self.n_bag_steps = sum(phase.bag_size > 1 for phase in self.phases)
+        self.pinned = m.device.type == "cuda"
+        self.next_step = None
+        self.next_batch = None
+        self.bags = self.plain
+        if self.n_bag_steps:
+            self.bags = Loader(inputs, c, m.rank, m.world_size, c.bag_size)
+
+    def done(self, step):
+        """The fraction of training that is done in the middle of a step: neither the first nor the last step
+        is wasted on a rate of zero."""
+        return (step + 0.5) / self.steps
+
+    def batch(self, step):
+        """As Loader.batch."""
+        if step == self.next_step:
+            return self.next_batch
+        if step < self.n_bag_steps:
+            x, y, n_targets = self.bags.batch(step)
+        else:
+            x, y, n_targets = self.plain.batch(step - self.n_bag_steps)
+        if self.pinned:  # copies from such memory need not wait for the passes before
+            x = x.pin_memory()
+            y = y.pin_memory()
+        return x, y, n_targets
+
+    def prepare(self, step):
+        """Make the batch of a step ahead, while a GPU is at work on the one before."""
+        self.next_batch = self.batch(step)
+        self.next_step = step
+
+    def epoch(self, step):
+        """Passes over the budget in the first `step` steps."""
+        in_bags = min(step, self.n_bag_steps)
+        in_singles = step - in_bags
+        rows = self.plain.batch_rows
+        return in_bags * rows / self.bags.rows_per_epoch + in_singles * rows / self.plain.rows_per_epoch
+
+    def tokens_seen(self):
+        return sum(self.plain.batch_rows * self.plain.row_tokens * phase.bag_size for phase in self.phases)
+
+
+# ---- training: the models of a run, one after the other ----------------------------------------------------
+
+
+@dataclasses.dataclass
+class PlannedModel:
+    """One entry of a run's training plan. Not a network: weights are dicts of tensors."""
+
+    number: int
+    c: Config
+    batches: Batches
+    teachers: list  # the PlannedModels that it learns from
+    name: str  # in the log, with a space behind it; empty where a run has only one
+
+    def phase_flops(self, phase):
+        """FLOPs of a step. A backward pass costs two forward passes, a teacher one. One teacher is used at a
+        time."""
+        c = self.c
+        forward_flops = flops_per_token(c, phase)
+        if c.mtp_weight:
+            forward_flops += 2 * c.n_embd * (c.n_embd + c.vocab_size)
+        teacher_flops = 0
+        if self.teachers and phase.bag_size == 1:
+            c_teacher = self.teachers[0].c
+            teacher_flops = flops_per_token(c_teacher, phase_schedule(1.0, c_teacher))
+        return c.batch_tokens * (3 * forward_flops + teacher_flops)
+
+    @functools.cached_property
+    def step_flops(self):
+        """FLOPs of every step of its training."""
+        of_phase = {phase: self.phase_flops(phase) for phase in set(self.batches.phases)}
+        return [of_phase[phase] for phase in self.batches.phases]
+
+    @property
+    def train_flops(self):
+        return sum(self.step_flops)
+
+
+def training_plan(c, inputs, m, steps=None):
+    """The PlannedModels of a run, in order. inputs: of Lookup.training_inputs."""
+    plan = []
+    for k, c_model in enumerate(model_configs(c)):
+        if k == c.members:  # the student
+            teachers = list(plan)
+        elif c.distill_alpha > 0 and k % (c.members // c.chains) > 0:  # not the first of its chain
+            teachers = plan[-1:]
+        else:
+            teachers = []
+        name = f"member {k + 1} " if c.members > 1 or c.student else ""
+        plan.append(PlannedModel(k, c_model, Batches(inputs, c_model, m, steps), teachers, name))
+    return plan
+
+
+def plan_without_data(c, m, steps=None):
+    """The training plan for one made-up document as long as the budget, which takes no memory."""
+    return training_plan(c, np.broadcast_to(np.uint16(0), (c.train_tokens, 1 + n_lookups(c))), m, steps)
+
+
+def first_weights(run, model):
+    """What a model's training begins with: for a student of its teachers' shape the last teacher's weights (a
+    warm start), otherwise the seed's."""
+    shapes = param_shapes(model.c)
+    if model.number == run.c.members:
+        teacher = model.teachers[-1]
+        if shapes.items() <= param_shapes(teacher.c).items():
+            run.log(f"model {model.number + 1} starts from the weights of model {teacher.number + 1}")
+            p = load_weights(run.folder, teacher.number, teacher.c, run.m)
+            return {name: p[name] for name in shapes}
+    return init_params(model.c, run.m.device)
+
+
+def load_teacher(run, model, step):
+    """(Config, weights) of the model to learn from. A student takes turns with its teachers: that costs what
+    one teacher costs, and in the mean its gradient is that of their mean probability."""
+    turn = step // model.c.teacher_switch_every
+    teacher = model.teachers[turn % len(model.teachers)]
+    return teacher.c, load_weights(run.folder, teacher.number, teacher.c, run.m)
+
+
+def train_step(p, optimizer, model, step, m, teacher):
+    """One optimizer step. Returns this rank's part of the logged losses, tensors by name."""
+    c = model.c
+    done = model.batches.done(step)
+    x, y, n_targets = model.batches.batch(step)
+    rows = c.device_tokens // c.seq_len
+    losses = {}
+    with step_weights(p, c, m) as weights:
+        for i, (x_part, y_part) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
+            seed = (c.seed, step, m.rank, i)
+            phase = model.batches.phases[step]
+            part = train_pass(weights, x_part, y_part, n_targets, c, m, phase, seed, teacher)
+            losses = {name: losses.get(name, 0.0) + value for name, value in part.items()}
+    optimizer.step(step, lr_schedule(done, c), wd_schedule(done, c), momentum_schedule(done, c))
+    return losses
+
+
+def train_model(run, model, shards, saver):
+    """Train one model of a run, from the shards of a checkpoint or from the start. Returns its final
+    weights."""
+    c = model.c
+    m = run.m
+    n_steps = model.batches.steps
+    first_step = run.progress["step"]
+    if shards:
+        p = {name: torch.empty(shape, device=m.device) for name, shape in param_shapes(c).items()}
+    else:
+        p = first_weights(run, model)
+    for w in p.values():
+        w.requires_grad_()
+    optimizer = MuonAdamW(p, c, m)
+    ema = None
+    if c.ema:
+        ema = {name: optimizer.shard(name, w.detach()).clone() for name, w in p.items()}
+    if shards:
+        load_shards(run.folder, shards, optimizer, ema)
+    monitor = Monitor(run, model, saver)
+    teacher = None
+    for step in range(first_step, n_steps):
+        turn_begins = step % c.teacher_switch_every == 0 and len(model.teachers) > 1
+        if model.teachers and (step == first_step or turn_begins):
+            teacher = None  # its memory is free before the next one comes
+            teacher = load_teacher(run, model, step)
+        losses = train_step(p, optimizer, model, step, m, teacher)
+        if ema:
+            decay = min(c.ema, (step + 1) / (step + 10))  # shorter at first: the initial weights fade
+            for name, average in ema.items():
+                average.lerp_(optimizer.shard(name, p[name].detach()), 1 - decay)
+        if step + 1 < n_steps:
+            model.batches.prepare(step + 1)
+        monitor.after_step(step, losses, optimizer, ema)
+    saver.wait()
+    return optimizer.whole(ema) if ema else p
+
+
+# ---- scoring, and the text that a model writes -------------------------------------------------------------
+
+
+def scoring_windows(length, c):
+    """Windows that together score tokens 1 .. length-1 of a stream once each: [(start, T, new)]. A window
+    reads the T tokens from `start` on and predicts the one after each; only tokens from `new` on count,
+    because the window before has scored the others. Without score_stride no two windows overlap."""
+    stride = c.score_stride or c.seq_len
+    windows = []
+    start = 0
+    new = 1
+    while new < length:
+        T = min(c.seq_len, length - 1 - start)
+        windows.append((start, T, new))
+        new = start + T + 1
+        start += stride
+    return windows
+
+
+@torch.no_grad()
+def stream_nll(p, inputs, c, m):
+    """Negative log-likelihood in nats of every token of independent streams, float32 [n_streams, length] on
+    every rank. inputs: of Lookup, [n_streams, length, 1 + n_lookups(c)]. The first token of a stream has no
+    context and gets 0."""
+    n_streams, length, _ = inputs.shape
+    phase = phase_schedule(1.0, c)
+    out = torch.zeros(n_streams, length, device=m.device)
+    # Each window is (stream, start, T, new).
+    windows = [(row, *window) for row in range(n_streams) for window in scoring_windows(length, c)]
+    windows.sort(key=lambda window: -window[2])  # those of one length are scored together
+    for T, group in itertools.groupby(windows, key=lambda window: window[2]):
+        shard = list(group)[m.rank :: m.world_size]
+        n_rows = max(1, c.device_tokens // T)
+        firsts = range(0, len(shard), n_rows)
+        for i in tqdm(firsts, "scoring", unit="batch", delay=3, leave=False, disable=None):
+            part = shard[i : i + n_rows]
+            ids = np.stack([inputs[row, start : start + T + 1] for row, start, _, _ in part])
+            ids = torch.from_numpy(ids.astype(np.int64)).to(m.device)
+            h = forward(p, ids[:, :-1], c, m, phase)
+            nll = token_nll(h.flatten(0, 1), p["lm_head"], ids[:, 1:, 0].flatten(), c).view(len(part), T)
+            for (row, start, _, new), values in zip(part, nll, strict=True):
+                out[row, new : start + T + 1] = values[new - start - 1 :]
+    return all_reduce(m, out).cpu().numpy()
+
+
+def token_nll(h, lm_head, targets, c):
+    """-log p(target) of every token in nats, float32 [N], chunk by chunk. h [N, D], targets [N]."""
+    head = low_precision_head(lm_head, h.dtype)
+    parts = []
+    for part, target in zip(h.split(c.loss_chunk), targets.split(c.loss_chunk), strict=True):
+        parts.append(F.cross_entropy(head_logits(part, head, c), target, reduction="none"))
+    return torch.cat(parts)
+
+
+def scored_models(c):
+    """[(number of the weights, config)] of the models whose averaged probabilities are a run's: all
+    members, or the student alone."""
+    numbered = list(enumerate(model_configs(c)))
+    return numbered[-1:] if c.student else numbered
+
+
+def add_model(total, nll):
+    """total: -log of the sum of the probabilities of the models so far (np.inf: of none). Returns it with one
+    model more. That of the mean over n models is log(n) higher."""
+    return -np.logaddexp(-total, -nll.astype(np.float64))
+
+
+def run_nll(folder, inputs, c, m, show=None):
+    """NLL of every token under the mean probability of a run's models, float64 [n_streams, length]. One
+    model is in memory at a time."""
+    total = np.inf
+    scored = scored_models(c)
+    for n, (number, c_model) in enumerate(scored, start=1):
+        nll = stream_nll(load_weights(folder, number, c_model, m), inputs, c_model, m)
+        require(np.isfinite(nll).all(), f"{folder}: model {number + 1} predicts NaN; train it again")
+        total = add_model(total, nll)
+        if show and len(scored) > 1:
+            together = f"the members so far together: {mean_nll(total + math.log(n)):.6f} nats per token"
+            show(f"member {number + 1} alone: {mean_nll(nll):.6f}; {together}")
+    total = np.maximum(0, total + math.log(len(scored)))  # a mean probability is at most 1, up to rounding
+    total[:, 0] = 0
+    return total
+
+
+def mean_nll(nll):
+    """Nats per scored token of [n_streams, length]: the first of each stream is not scored."""
+    return float(nll[:, 1:].sum(dtype=np.float64) / max(1, nll[:, 1:].size))
+
+
+def evaluation_inputs(inputs, c):
+    """c.eval_windows windows of seq_len tokens, spread evenly over a stream's inputs [length, 1 +
+    n_lookups(c)]: [n, seq_len + 1, ...]. Scored as streams of their own, they get what consecutive windows of
+    the whole stream get."""
+    T = min(c.seq_len, len(inputs) - 1)
+    starts = np.arange(0, len(inputs) - T, T)
+    chosen = np.linspace(0, len(starts) - 1, min(c.eval_windows, len(starts))).round().astype(int)
+    return np.stack([inputs[start : start + T + 1] for start in starts[chosen]])
+
+
+@torch.no_grad()
+def sample(folder, c, m, lookup, prompt, n_tokens, temperature=0.8, top_p=0.95):
+    """Token ids that the run's models write after the ids `prompt`, which begin with a BOS. The most likely
+    tokens that together have a share of top_p are drawn from. The context is computed again for each: slow,
+    but simple.
+
+    What c.recall would find is hidden from the model. Once it repeats itself, every length of n-gram agrees
+    on how to go on, which in real text is right nearly always: it would never leave the loop."""
+    scored = [(c_model, load_weights(folder, number, c_model, m)) for number, c_model in scored_models(c)]
+    g = torch.Generator().manual_seed(c.seed)
+    ids = list(prompt)
+    for _ in range(n_tokens):
+        inputs = lookup.inputs(np.array([ids], dtype=np.uint16))
+        inputs[..., 1 : 1 + len(lengths(c.recall))] = NO_TOKEN
+        mean = 0
+        for c_model, p in scored:
+            x = torch.from_numpy(inputs[:, -c_model.seq_len :].astype(np.int64)).to(m.device)
+            h = forward(p, x, c_model, m, phase_schedule(1.0, c_model))
+            logits = head_logits(h[0, -1], p["lm_head"].to(h.dtype), c_model)
+            mean = mean + logits.softmax(-1).cpu() / len(scored)
+        probs, order = (mean.log() / temperature).softmax(-1).sort(descending=True)
+        probs[probs.cumsum(0) - probs >= top_p] = 0
+        ids.append(int(order[torch.multinomial(probs, 1, generator=g)]))
+        if ids[-1] == c.bos_id:
+            break
+    return ids[len(prompt) :]
+
+
+# ============================================================================================================
+# Part two: the harness, which trains and scores any recipe
+# ============================================================================================================
+
+
+# ---- machine -----------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Machine:
+    """What this process runs on, and what follows from it."""
+
+    device: torch.device
+    dtype: torch.dtype  # of activations, and of matrices while they are multiplied; parameters stay float32
+    rank: int = 0
+    world_size: int = 1
+    attention: str = "sdpa"
+    compiled: bool = False
+    # block() and chunk_grad() for training, compiled or as they stand; of set_compiled. Scoring runs block().
+    block: object = None
+    chunk_grad: object = None
+    reasons: dict = dataclasses.field(default_factory=dict)  # of each choice, for the log
+
+    @property
+    def is_main(self):
+        return self.rank == 0
+
+
+class Launch(NamedTuple):
+    """This process's place among all, and among those on this machine, as torchrun tells it."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+
+def launched():
+    names = [name.upper() for name in Launch._fields]
+    told = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+    remedy = "start several processes with torchrun; for one process, unset these"
+    try:
+        place = Launch(*(int(os.environ.get(name, n)) for name, n in zip(names, Launch(), strict=True)))
+    except ValueError:
+        raise UserError(f"{' '.join(told)}: not numbers; {remedy}") from None
+    fits = 0 <= place.local_rank < place.local_world_size <= place.world_size
+    fits = fits and place.local_rank <= place.rank < place.world_size
+    require(fits, f"{' '.join(told)}: do not fit together; {remedy}")
+    found = place.world_size == 1 or {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    require(found, f"{' '.join(told)}: ranks meet by RANK, MASTER_ADDR and MASTER_PORT; {remedy}")
+    return place
+
+
+def check_compiler_cache():
+    """Replace a TORCHINDUCTOR_CACHE_DIR that cannot be written by a temporary folder. PyTorch makes it with
+    the first backward pass, compiled or not, and would fail there."""
+    path = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if not path:
+        return
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as e:
+        do_without(f"TORCHINDUCTOR_CACHE_DIR {path}: cannot be written, so a temporary folder is used", e)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="torchinductor_")
+
+
+def setup_machine(c, args):
+    """Find the device, join the other ranks if there are several, choose dtype and attention."""
+    check_compiler_cache()
+    rank, world_size, local_rank, local_world_size = launched()
+    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    if cuda:
+        n_gpus = torch.cuda.device_count()
+        require(
+            local_world_size <= n_gpus,
+            f"--device cuda: torch sees {n_gpus} GPU(s) for {local_world_size} process(es); "
+            "start fewer, or use --device cpu",
+        )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        device = torch.device("cpu")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, min(c.cpu_threads, cores) // local_world_size))
+        capabilities = torch.cpu.get_capabilities()
+        has_bf16 = capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
+    if world_size > 1:
+        # While the first rank writes to a slow disk, the others wait.
+        patience = datetime.timedelta(minutes=30)
+        device_id = device if cuda else None
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=patience, device_id=device_id)
+    use_bf16 = has_bf16 if c.dtype == "auto" else c.dtype == "bf16"
+    m = Machine(device, torch.bfloat16 if use_bf16 else torch.float32, rank, world_size)
+    name = "bf16" if use_bf16 else "fp32"
+    m.reasons["dtype"] = f"{name} (the processor {'has' if has_bf16 else 'lacks'} bf16)"
+    choose_attention(m, c, args.attention)
+    return m
+
+
+def choose_attention(m, c, wanted):
+    """The first of varlen flash attention, FlexAttention and SDPA that works here, forward and backward."""
+    available = ("varlen", "flex", "sdpa") if m.device.type == "cuda" else ("sdpa",)
+    require(wanted in ("auto", *available), f"--attention {wanted}: needs a GPU; use --attention sdpa")
+    failures = []
+    for name in available if wanted == "auto" else (wanted,):
+        try:
+            shape = (2, 128, c.n_head, c.n_embd // c.n_head)
+            q = torch.randn(shape, device=m.device, dtype=m.dtype, requires_grad=True)
+            starts = torch.zeros(2, 128, dtype=torch.bool, device=m.device)
+            masks = attention_masks(starts, [64], name, m.dtype)
+            attention(q, q, q, masks[64], name).sum().backward()
+        except Exception as e:  # whatever a missing or refusing kernel raises: the reason goes to the log
+            failures.append(f"{name} does not work here: {first_line(e)}")
+            continue
+        m.attention = name
+        m.reasons["attention"] = f"{name} ({'; '.join(failures) or 'the best that works here'})"
+        return
+    raise UserError(f"--attention {wanted}: {'; '.join(failures)}")
+
+
+# On a CPU, compiling takes about a minute, and steps are then 1.1 to 1.5 times as fast: a training of a few
+# minutes is over sooner without it.
+COMPILE_FROM_FLOPS = 2e13
+
+
+def set_compiled(m, wanted, train_flops=math.inf, failure=None):
+    """Use the compiled or the plain functions. torch.compile needs Triton on a GPU, a C++ compiler on a CPU.
+    One layer is compiled, not the whole model: all layers share the code, in whatever order a phase runs
+    them."""
+    if m.device.type == "cuda":
+        name = "Triton"
+        found = torch.utils._triton.has_triton()
+        pays = True
+    else:
+        name = "a C++ compiler"
+        found = any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+        pays = train_flops >= COMPILE_FROM_FLOPS
+    require(found or wanted != "on", f"--compile on: needs {name}; install it, or use --compile auto")
+    m.compiled = found and failure is None and (wanted == "on" or (wanted == "auto" and pays))
+    reason = failure or f"{name} {'found' if found else 'not found'}, --compile {wanted}"
+    if wanted == "auto" and not pays:
+        reason = f"training is short, {train_flops:.3g} FLOPs; --compile on compiles anyway"
+    m.reasons["compiled"] = f"{'yes' if m.compiled else 'no'} ({reason})"
+    m.block = block
+    m.chunk_grad = chunk_grad
+    if m.compiled:
+        # Windows, phases and last micro-batches each bring new shapes.
+        torch._dynamo.config.recompile_limit = 64
+        m.block = torch.compile(block, dynamic=False)
+        m.chunk_grad = torch.compile(chunk_grad, dynamic=False)
+
+
+def all_reduce(m, tensor):
+    """Sum over the ranks, in place."""
+    if m.world_size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather(m, value):
+    """The values of all ranks, any Python objects."""
+    values = [value]
+    if m.world_size > 1:
+        values = [None] * m.world_size
+        dist.all_gather_object(values, value)
+    return values
+
+
+def barrier(m):
+    if m.world_size > 1:
+        dist.barrier()
+
+
+def hardware(m):
+    if m.device.type == "cuda":
+        return f"{m.world_size} x {torch.cuda.get_device_name(m.device)}"
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def seconds_waited():
+    """Seconds that this process's threads waited for a processor; 0 where the system keeps no count."""
+    waited = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # a thread may end meanwhile
+            waited += int(path.read_text().split()[1])
+    return waited / 1e9
+
+
+# ---- files that others made --------------------------------------------------------------------------------
+
+HEADER_INTS = 256
+MAGIC = 20240520  # the shard format of llm.c and modded-nanogpt; data/README.md
+MAX_TOKEN_BYTES = 2**30  # of a file of tokens: five times the largest that a track has
+MAX_JSON_BYTES = 2**20
+
+
+def data_folder(c):
+    return Path(c.data) if os.sep in c.data else HERE / "data" / c.data
+
+
+def from_prepare(function, *args):
+    """What a function of data/prepare.py returns. Runs whose data is there do not need that file."""
+    from data import prepare
+
+    try:
+        return getattr(prepare, function)(*args)
+    except prepare.DataError as e:
+        raise UserError(str(e)) from None
+
+
+def read_file(path, limit, parse):
+    """parse(the bytes of a file), which raises anything where they are not as they should be. Every file that
+    somebody else may have made is read here: UserError where it is a pipe or a device, which might never end,
+    where it has more than `limit` bytes, and where parse() raises."""
+    try:
+        require(path.is_file(), "no such file, or not a plain one; check the path")
+        size = path.stat().st_size
+        require(size <= limit, f"{size:,} bytes, more than the {limit:,} that such a file may have")
+        return parse(path.read_bytes())
+    except UserError as e:
+        problem = str(e)
+    except OSError as e:
+        problem = e.strerror
+    except Exception as e:
+        problem = f"damaged, or of another version of this script ({first_line(e)})"
+    raise UserError(f"{path}: {problem}")
+
+
+def read_json(path, check):
+    """check(what the file holds), which raises where that is not as it should be."""
+    return read_file(path, MAX_JSON_BYTES, lambda data: check(json.loads(data)))
+
+
+def check_meta(meta):
+    """meta, if it describes token shards; else KeyError, TypeError or UserError."""
+    texts = [meta["tokenizer"], meta["sha256"]["train.bin"], meta["sha256"]["val.bin"]]
+    numbers = bos_id, vocab_size, text_bytes = meta["bos_id"], meta["vocab_size"], meta["text_bytes"]["val"]
+    typed = {type(text) for text in texts} == {str} and {type(number) for number in numbers} == {int}
+    in_range = typed and 0 <= bos_id < vocab_size <= NO_TOKEN and 0 < text_bytes < 2**40
+    require(
+        in_range, "bos_id, vocab_size or text_bytes is not a whole number in its range, or a text is none"
+    )
+    return meta
+
+
+def find_data(c, m):
+    """The folder of the run's data. The pocket shards are prepared on the spot where they are missing."""
+    folder = data_folder(c)
+    if c.data == "pocket" and m.is_main and not (folder / "meta.json").exists():
+        from_prepare("prepare_pocket")
+    barrier(m)
+    known = {preset.get("data") for preset in PRESETS.values()}
+    command = f"python data/prepare.py {c.data if c.data in known else '--help'}"
+    remedy = f"prepare it with {command}, or say with --data where it is"
+    require(folder.is_dir(), f"{folder}: no data there; {remedy}")
+    return folder
+
+
+def with_vocabulary(c, meta):
+    """The config with the vocabulary of its data."""
+    for name in ("vocab_size", "bos_id"):
+        value = getattr(c, name)
+        require(
+            value in (0, meta[name]), f"--{name} {value}: the data has {meta[name]}; leave the option out"
+        )
+    return dataclasses.replace(c, vocab_size=meta["vocab_size"], bos_id=meta["bos_id"])
+
+
+def read_shard(path, vocab_size, sha256=None):
+    """Token ids of a shard, uint16 [n], after every check of the file. It is read once: what a run trains on
+    is what was checked, whatever happens to the file meanwhile."""
+
+    def parse(data):
+        header = np.frombuffer(data[: 4 * HEADER_INTS], dtype="<i4")
+        is_shard = len(header) == HEADER_INTS and header[0] == MAGIC and header[1] == 1
+        require(is_shard, "not a token shard; data/README.md has the format")
+        n = int(header[2])
+        expected = 4 * HEADER_INTS + 2 * n
+        fits = n > 1 and len(data) == expected
+        found = f"{len(data):,} bytes, its header's {n:,} tokens take {expected:,}"
+        require(fits, f"{found}; prepare the data again")
+        unchanged = sha256 in (None, hashlib.sha256(data).hexdigest())
+        require(unchanged, "changed, its sha256 is not meta.json's; prepare the data again")
+        return check_ids(np.frombuffer(data, dtype="<u2", offset=4 * HEADER_INTS), vocab_size)
+
+    return read_file(path, MAX_TOKEN_BYTES, parse)
+
+
+def read_streams(path, vocab_size):
+    """Token ids of independent streams, uint16 [n_streams, length], in a .npy file."""
+
+    def parse(data):
+        # Read by hand: numpy would first allocate whatever the header claims.
+        f = io.BytesIO(data)
+        require(np.lib.format.read_magic(f) == (1, 0), "not a .npy file of version 1.0")
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(f)
+        fits = dtype == np.uint16 and len(shape) == 2 and 0 < 2 * math.prod(shape) == len(data) - f.tell()
+        require(fits, f"{dtype} {list(shape)} or cut short, not uint16 [n_streams, length]")
+        streams = np.frombuffer(data, dtype="<u2", offset=f.tell())
+        return check_ids(streams.reshape(shape, order="F" if is_fortran else "C"), vocab_size)
+
+    return read_file(path, MAX_TOKEN_BYTES, parse)
+
+
+def check_ids(tokens, vocab_size):
+    highest = int(tokens.max())
+    known = highest < vocab_size
+    require(known, f"holds token {highest}, but the vocabulary has only {vocab_size}: another tokenizer's?")
+    return tokens
+
+
 # ---- checkpoint --------------------------------------------------------------------------------------------
 
 
@@ -1871,183 +2144,7 @@ def load_weights(folder, number, c, m):
     return {name: w.to(m.device, torch.float32, copy=True) for name, w in p.items()}
 
 
-# ---- scoring -----------------------------------------------------------------------------------------------
-
-
-def scoring_windows(length, c):
-    """Windows that together score tokens 1 .. length-1 of a stream once each: [(start, T, new)]. A window
-    reads the T tokens from `start` on and predicts the one after each; only tokens from `new` on count,
-    because the window before has scored the others. Without score_stride no two windows overlap."""
-    stride = c.score_stride or c.seq_len
-    windows = []
-    start = 0
-    new = 1
-    while new < length:
-        T = min(c.seq_len, length - 1 - start)
-        windows.append((start, T, new))
-        new = start + T + 1
-        start += stride
-    return windows
-
-
-@torch.no_grad()
-def stream_nll(p, inputs, c, m):
-    """Negative log-likelihood in nats of every token of independent streams, float32 [n_streams, length] on
-    every rank. inputs: of Lookup, [n_streams, length, 1 + n_lookups(c)]. The first token of a stream has no
-    context and gets 0."""
-    n_streams, length, _ = inputs.shape
-    phase = phase_schedule(1.0, c)
-    out = torch.zeros(n_streams, length, device=m.device)
-    # Each window is (stream, start, T, new).
-    windows = [(row, *window) for row in range(n_streams) for window in scoring_windows(length, c)]
-    windows.sort(key=lambda window: -window[2])  # those of one length are scored together
-    for T, group in itertools.groupby(windows, key=lambda window: window[2]):
-        shard = list(group)[m.rank :: m.world_size]
-        n_rows = max(1, c.device_tokens // T)
-        firsts = range(0, len(shard), n_rows)
-        for i in tqdm(firsts, "scoring", unit="batch", delay=3, leave=False, disable=None):
-            part = shard[i : i + n_rows]
-            ids = np.stack([inputs[row, start : start + T + 1] for row, start, _, _ in part])
-            ids = torch.from_numpy(ids.astype(np.int64)).to(m.device)
-            h = forward(p, ids[:, :-1], c, m, phase)
-            nll = token_nll(h.flatten(0, 1), p["lm_head"], ids[:, 1:, 0].flatten(), c).view(len(part), T)
-            for (row, start, _, new), values in zip(part, nll, strict=True):
-                out[row, new : start + T + 1] = values[new - start - 1 :]
-    return all_reduce(m, out).cpu().numpy()
-
-
-def token_nll(h, lm_head, targets, c):
-    """-log p(target) of every token in nats, float32 [N], chunk by chunk. h [N, D], targets [N]."""
-    head = low_precision_head(lm_head, h.dtype)
-    parts = []
-    for part, target in zip(h.split(c.loss_chunk), targets.split(c.loss_chunk), strict=True):
-        parts.append(F.cross_entropy(head_logits(part, head, c), target, reduction="none"))
-    return torch.cat(parts)
-
-
-def scored_models(c):
-    """[(number of the weights, config)] of the models whose averaged probabilities are a run's: all
-    members, or the student alone."""
-    numbered = list(enumerate(model_configs(c)))
-    return numbered[-1:] if c.student else numbered
-
-
-def add_model(total, nll):
-    """total: -log of the sum of the probabilities of the models so far (np.inf: of none). Returns it with one
-    model more. That of the mean over n models is log(n) higher."""
-    return -np.logaddexp(-total, -nll.astype(np.float64))
-
-
-def run_nll(folder, inputs, c, m, show=None):
-    """NLL of every token under the mean probability of a run's models, float64 [n_streams, length]. One
-    model is in memory at a time."""
-    total = np.inf
-    scored = scored_models(c)
-    for n, (number, c_model) in enumerate(scored, start=1):
-        nll = stream_nll(load_weights(folder, number, c_model, m), inputs, c_model, m)
-        require(np.isfinite(nll).all(), f"{folder}: model {number + 1} predicts NaN; train it again")
-        total = add_model(total, nll)
-        if show and len(scored) > 1:
-            together = f"the members so far together: {mean_nll(total + math.log(n)):.6f} nats per token"
-            show(f"member {number + 1} alone: {mean_nll(nll):.6f}; {together}")
-    total = np.maximum(0, total + math.log(len(scored)))  # a mean probability is at most 1, up to rounding
-    total[:, 0] = 0
-    return total
-
-
-def mean_nll(nll):
-    """Nats per scored token of [n_streams, length]: the first of each stream is not scored."""
-    return float(nll[:, 1:].sum(dtype=np.float64) / max(1, nll[:, 1:].size))
-
-
-def evaluation_inputs(inputs, c):
-    """c.eval_windows windows of seq_len tokens, spread evenly over a stream's inputs [length, 1 +
-    n_lookups(c)]: [n, seq_len + 1, ...]. Scored as streams of their own, they get what consecutive windows of
-    the whole stream get."""
-    T = min(c.seq_len, len(inputs) - 1)
-    starts = np.arange(0, len(inputs) - T, T)
-    chosen = np.linspace(0, len(starts) - 1, min(c.eval_windows, len(starts))).round().astype(int)
-    return np.stack([inputs[start : start + T + 1] for start in starts[chosen]])
-
-
-def in_place(c, given):
-    """The config of a run with those of PLACE_OPTIONS that were given for this machine."""
-    c = dataclasses.replace(c, **{name: given[name] for name in PLACE_OPTIONS if name in given})
-    check_config(c)
-    return c
-
-
-def load_run(folder, given, args):
-    """(Config, Machine, meta, Lookup) of a run folder that is to be scored."""
-    c, meta, _ = read_run(folder)
-    c = in_place(c, given)
-    m = setup_machine(c, args)
-    train_tokens = None
-    if c.memory:
-        path = find_data(c, m) / "train.bin"
-        train_tokens = read_shard(path, c.vocab_size, meta["sha256"]["train.bin"])[: c.train_tokens]
-    return c, m, meta, Lookup(train_tokens, c)
-
-
-def sample_command(given, args):
-    """--sample RUN --prompt TEXT: the prompt, and what the run's models write after it."""
-    c, m, meta, lookup = load_run(args.sample, given, args)
-    encoding = from_prepare("get_encoding", meta["tokenizer"])
-    prompt = [c.bos_id, *encoding.encode_ordinary(args.prompt or "")]
-    written = sample(args.sample, c, m, lookup, prompt, args.length or 500)
-    print(printable(encoding.decode([i for i in prompt + written if i != c.bos_id])))
-
-
-def score_command(given, args):
-    """--score RUN --tokens FILE --nll OUT.npy: the contract that a referee relies on."""
-    require(
-        args.tokens and args.nll and args.nll.suffix == ".npy" and args.nll.parent.is_dir(),
-        f"--score: needs --tokens FILE and --nll OUT.npy in a folder that exists, "
-        f"not --tokens {args.tokens} --nll {args.nll}",
-    )
-    free = not os.path.lexists(args.nll)
-    require(free, f"--nll {args.nll}: exists already; name a new file, or delete it")
-    c, m, _, lookup = load_run(args.score, given, args)
-    is_shard = args.tokens.suffix != ".npy"
-    if is_shard:
-        streams = read_shard(args.tokens, c.vocab_size)[None]
-    else:
-        streams = read_streams(args.tokens, c.vocab_size)
-    nll = run_nll(args.score, lookup.inputs(streams), c, m).astype(np.float32)
-    if m.is_main:
-        write_npy(args.nll, nll[0] if is_shard else nll)
-        print(f"{args.nll}: {nll[:, 1:].size:,} tokens scored, {mean_nll(nll):.6f} nats per token")
-
-
-@torch.no_grad()
-def sample(folder, c, m, lookup, prompt, n_tokens, temperature=0.8, top_p=0.95):
-    """Token ids that the run's models write after the ids `prompt`, which begin with a BOS. The most likely
-    tokens that together have a share of top_p are drawn from. The context is computed again for each: slow,
-    but simple.
-
-    What c.recall would find is hidden from the model. Once it repeats itself, every length of n-gram agrees
-    on how to go on, which in real text is right nearly always: it would never leave the loop."""
-    scored = [(c_model, load_weights(folder, number, c_model, m)) for number, c_model in scored_models(c)]
-    g = torch.Generator().manual_seed(c.seed)
-    ids = list(prompt)
-    for _ in range(n_tokens):
-        inputs = lookup.inputs(np.array([ids], dtype=np.uint16))
-        inputs[..., 1 : 1 + len(lengths(c.recall))] = NO_TOKEN
-        mean = 0
-        for c_model, p in scored:
-            x = torch.from_numpy(inputs[:, -c_model.seq_len :].astype(np.int64)).to(m.device)
-            h = forward(p, x, c_model, m, phase_schedule(1.0, c_model))
-            logits = head_logits(h[0, -1], p["lm_head"].to(h.dtype), c_model)
-            mean = mean + logits.softmax(-1).cpu() / len(scored)
-        probs, order = (mean.log() / temperature).softmax(-1).sort(descending=True)
-        probs[probs.cumsum(0) - probs >= top_p] = 0
-        ids.append(int(order[torch.multinomial(probs, 1, generator=g)]))
-        if ids[-1] == c.bos_id:
-            break
-    return ids[len(prompt) :]
-
-
-# ---- training ----------------------------------------------------------------------------------------------
+# ---- run ---------------------------------------------------------------------------------------------------
 
 
 class Log:
@@ -2143,60 +2240,6 @@ class Metrics:
 
 
 @dataclasses.dataclass
-class PlannedModel:
-    """One entry of a run's training plan. Not a network: weights are dicts of tensors."""
-
-    number: int
-    c: Config
-    batches: Batches
-    teachers: list  # the PlannedModels that it learns from
-    name: str  # in the log, with a space behind it; empty where a run has only one
-
-    def phase_flops(self, phase):
-        """FLOPs of a step. A backward pass costs two forward passes, a teacher one. One teacher is used at a
-        time."""
-        c = self.c
-        forward_flops = flops_per_token(c, phase)
-        if c.mtp_weight:
-            forward_flops += 2 * c.n_embd * (c.n_embd + c.vocab_size)
-        teacher_flops = 0
-        if self.teachers and phase.bag_size == 1:
-            c_teacher = self.teachers[0].c
-            teacher_flops = flops_per_token(c_teacher, phase_schedule(1.0, c_teacher))
-        return c.batch_tokens * (3 * forward_flops + teacher_flops)
-
-    @functools.cached_property
-    def step_flops(self):
-        """FLOPs of every step of its training."""
-        of_phase = {phase: self.phase_flops(phase) for phase in set(self.batches.phases)}
-        return [of_phase[phase] for phase in self.batches.phases]
-
-    @property
-    def train_flops(self):
-        return sum(self.step_flops)
-
-
-def training_plan(c, inputs, m, steps=None):
-    """The PlannedModels of a run, in order. inputs: of Lookup.training_inputs."""
-    plan = []
-    for k, c_model in enumerate(model_configs(c)):
-        if k == c.members:  # the student
-            teachers = list(plan)
-        elif c.distill_alpha > 0 and k % (c.members // c.chains) > 0:  # not the first of its chain
-            teachers = plan[-1:]
-        else:
-            teachers = []
-        name = f"member {k + 1} " if c.members > 1 or c.student else ""
-        plan.append(PlannedModel(k, c_model, Batches(inputs, c_model, m, steps), teachers, name))
-    return plan
-
-
-def plan_without_data(c, m, steps=None):
-    """The training plan for one made-up document as long as the budget, which takes no memory."""
-    return training_plan(c, np.broadcast_to(np.uint16(0), (c.train_tokens, 1 + n_lookups(c))), m, steps)
-
-
-@dataclasses.dataclass
 class Run:
     """What a run is, and how far it has come."""
 
@@ -2227,6 +2270,228 @@ class Run:
     def eval_name(self):
         n, length, _ = self.eval_inputs.shape
         return f"{n} windows of {length - 1:,} tokens spread over validation"
+
+
+def begin_log(run):
+    """The head of a run's log, or that of its next part."""
+    c = run.c
+    m = run.m
+    log = run.log
+    log.cut(run.progress["log_bytes"])
+    if run.progress["log_bytes"]:
+        log(f"resumed at step {run.progress['step']} of model {run.progress['model'] + 1}")
+    else:
+        header = f"{LOG_HEAD}{SCRIPT} bytes={len(SOURCE)} sha256={SOURCE_SHA256}"
+        log(f"{header}\n{SOURCE.decode()}{SOURCE_END}", show=False)
+        log(f"config {json.dumps(dataclasses.asdict(c))}\ndata {json.dumps(run.meta)}", show=False)
+        size = f"{len(run.plan)} model(s), the first of {n_params(c):,} parameters"
+        length = f"{run.plan[0].batches.steps} steps of {c.batch_tokens:,} tokens"
+        epochs = f"{c.epochs:g} epochs of {c.train_tokens:,}, seed {c.seed}"
+        log(f"run {run.folder}: track {c.track}, {size}, {length}, {epochs}")
+    log(f"packages: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}")
+    log(f"hardware: {hardware(m)}; {m.world_size} rank(s) of {torch.get_num_threads()} thread(s)")
+    log(f"dtype: {m.reasons['dtype']}\nattention: {m.reasons['attention']}")
+    if "fit" in m.reasons:
+        log(f"fit: {m.reasons['fit']}")
+
+
+def train(run, shards, saver):
+    """Train the models of a run, the first from the shards of a checkpoint if there are any."""
+    m = run.m
+    progress = run.progress
+    progress["ranks"] = max(m.world_size, progress["ranks"])
+    progress["threads"] = max(torch.get_num_threads(), progress["threads"])
+    begin_log(run)
+    compile_seconds = run.fit_seconds + compile_all(run.plan[progress["model"] :], m)
+    run.log(f"compiled: {m.reasons['compiled']}; {compile_seconds:.1f} s, which the clock leaves out")
+    progress["compile_seconds"] += compile_seconds
+    # So that run.seconds() goes on from progress["seconds"], without the compilation.
+    run.clock_start = START + compile_seconds - progress["seconds"]
+    ask_referee(run, "--flops", f"{sum(model.train_flops for model in run.plan)}")
+    total = np.inf
+    for model in run.plan:
+        is_new = model.number >= progress["model"]
+        if is_new:
+            p = train_model(run, model, shards, saver)
+            shards = []  # they were of this model; the next one starts afresh
+            if m.is_main:
+                save_weights(run.folder, model, p)
+            del p  # the next model needs the memory
+            progress |= {"model": model.number + 1, "step": 0, "seconds": run.seconds()}
+        barrier(m)  # all ranks read what the first has written
+        # When a run is resumed, the models that it has trained already are only scored again, for the mean.
+        if len(run.plan) > 1:
+            nll = stream_nll(load_weights(run.folder, model.number, model.c, m), run.eval_inputs, model.c, m)
+            if model.number < run.c.members:
+                total = add_model(total, nll)
+            if is_new:
+                n = min(model.number + 1, run.c.members)
+                together = mean_nll(total) + math.log(n)
+                so_far = f"val_loss {mean_nll(nll):.4f}, the members so far together {together:.4f}"
+                run.log(f"member {model.number + 1} done: {so_far}, on {run.eval_name}")
+        if is_new:
+            saver.save()
+    saver.wait()
+
+
+class Monitor:
+    """What happens between the steps of a model: log, metrics, evaluations, checkpoints, and the end of a run
+    that diverges or that was asked to stop."""
+
+    def __init__(self, run, model, saver):
+        self.run = run
+        self.model = model
+        self.saver = saver
+        self.first_step = run.progress["step"]
+        self.flops_done = 0
+        self.flops_left = sum(model.step_flops[self.first_step :])
+        self.flops_left += sum(later.train_flops for later in run.plan[model.number + 1 :])
+        self.began = time.monotonic()
+        n_steps = model.batches.steps
+        self.eval_after = {round(n_steps * (i + 1) / model.c.evals) for i in range(model.c.evals - 1)}
+
+    def after_step(self, step, losses, optimizer, ema):
+        """losses: this rank's parts, tensors by name. ema: {name: this rank's shard}, or None."""
+        run = self.run
+        model = self.model
+        c = model.c
+        m = run.m
+        n_steps = model.batches.steps
+        # What follows is decided by sums over the ranks, and so is the same on all of them.
+        flags = [float(bool(run.stop_requested)), float(self.saver.has_written)]
+        flags = torch.tensor(flags, device=m.device)
+        sums = all_reduce(m, torch.cat([torch.stack([*losses.values()]), flags]))
+        *values, stop, n_written = sums.tolist()
+        if n_written == m.world_size:
+            self.saver.commit()
+        run.progress |= {"step": step + 1, "seconds": run.seconds()}
+        # After the last step, the final weights are written at once.
+        saving = stop or ((step + 1) % c.save_every == 0 and step + 1 < n_steps)
+        where = f"{model.name}step {step + 1}/{n_steps}"
+        terms = " ".join(f"{name} {value:.4f}" for name, value in zip(losses, values, strict=True))
+        finite = all(map(math.isfinite, values))
+        if saving or step + 1 == n_steps:
+            finite = finite and all(w.isfinite().all() for w in optimizer.p.values())
+        if not finite:
+            self.saver.wait()
+            last = (saved(run.folder, INDEX_FILE) or ["none, this came before the first"])[-1]
+            message = f"{where}: {terms}: the loss or a weight is not finite; last good checkpoint: {last}"
+            raise UserError(message, status=1)
+        self.flops_done += model.step_flops[step]
+        self.flops_left -= model.step_flops[step]
+        seconds = time.monotonic() - self.began
+        seconds_per_flop = seconds / self.flops_done
+        lr = lr_schedule(model.batches.done(step), c) * c.muon_lr
+        speed = (step + 1 - self.first_step) * c.batch_tokens / seconds
+        left = self.flops_left * seconds_per_flop  # of the whole run's training, at the speed so far
+        times = f"tok/s {speed:.0f} time {run.progress['seconds']:.1f}s left {left:.0f}s"
+        epoch = model.batches.epoch(step + 1)
+        line = f"{where} epoch {epoch:.3f} {terms} lr {lr:.5f} {times}"
+        run.log(line, pause=0.0 if step + 1 == n_steps else 2.0)
+        if step + 1 == self.first_step + 100:  # now the speed is known: will the run end in the track's time?
+            left = seconds_left(run.plan[model.number :], step + 1, seconds_per_flop, m)
+            ask_referee(run, "--seconds", f"{run.seconds() + left:.0f}")
+        val_loss = None
+        if step + 1 in self.eval_after:
+            weights = optimizer.whole(ema) if ema else optimizer.p
+            val_loss = mean_nll(stream_nll(weights, run.eval_inputs, c, m))
+            del weights  # training needs the memory
+            run.log(f"{model.name}eval {step + 1}/{n_steps} val_loss {val_loss:.4f} on {run.eval_name}")
+        place = {"model": model.number + 1, "step": step + 1, "steps": n_steps, "epoch": epoch}
+        rates = {"lr": lr, "tokens_per_second": speed, "seconds": run.progress["seconds"]}
+        run.metrics(**place, **dict(zip(losses, values, strict=True)), **rates, val_loss=val_loss)
+        if saving:
+            self.saver.save(optimizer, ema)
+        if stop:
+            self.saver.wait()
+            raise stopped(run, f"stopped at {where} and saved")
+
+
+def ask_referee(run, *options):
+    """Log what the track's rules make of the run so far. records/leaderboard.py decides that."""
+    desk = HERE / "records" / "leaderboard.py"
+    if run.m.is_main and desk.exists():
+        command = [sys.executable, str(desk), "judge", str(run.folder), *options]
+        answer = subprocess.run(command, capture_output=True, text=True)
+        for line in (answer.stdout + answer.stderr).splitlines():
+            run.log(f"referee: {line}")
+
+
+def finish(run):
+    """After the clock: score the final weights, write the record."""
+    c = run.c
+    m = run.m
+    log = run.log
+    progress = run.progress
+    nll = run_nll(run.folder, run.val_inputs, c, m, log)
+    if not m.is_main:
+        return
+    # Sums over blocks of 1,000 tokens, which leaderboard.py compares between runs.
+    write_npy(run.folder / "val_nll.npy", np.add.reduceat(nll[0], np.arange(0, nll.size, 1000)))
+    scored = [c_model for _, c_model in scored_models(c)]
+    score_flops = 0
+    for c_model in scored:
+        passes_per_token = c_model.seq_len / (c_model.score_stride or c_model.seq_len)
+        score_flops += flops_per_token(c_model, phase_schedule(1.0, c_model)) * passes_per_token
+    record = {
+        "track": c.track,
+        "trial": run.trial,
+        "seed": c.seed,
+        "members": len(run.plan),  # all that were trained, a student included; --resume compares this
+        "scored": len(scored),
+        "val_loss": mean_nll(nll),
+        "val_bpb": nll.sum() / math.log(2) / run.meta["text_bytes"]["val"],
+        "val_tokens": nll.size - 1,
+        "train_seconds": progress["seconds"],
+        "compile_seconds": progress["compile_seconds"],
+        "steps": sum(model.batches.steps for model in run.plan),
+        "train_tokens": c.train_tokens,
+        "tokens_seen": sum(model.batches.tokens_seen() for model in run.plan),
+        "parameters": sum(map(n_params, scored)),
+        "train_flops": sum(model.train_flops for model in run.plan),
+        "score_flops_per_token": score_flops,
+        "source_sha256": SOURCE_SHA256,
+        "data_sha256": run.meta["sha256"],
+        "hardware": hardware(m),
+        "ranks": progress["ranks"],
+        "threads": progress["threads"],
+        "torch": torch.__version__,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    if m.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(m.device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    log(
+        f"trained for {record['train_seconds']:.1f} s, {record['tokens_seen']:,} tokens seen, "
+        f"{record['train_flops']:.4g} FLOPs, peak memory {peak / 2**20:.0f} MiB"
+    )
+    log(f"threads waited {seconds_waited():.1f} s for a processor; much of that means a busy machine")
+    try:
+        encoding = from_prepare("get_encoding", run.meta["tokenizer"])
+        prompt = [c.bos_id, *run.val_inputs[0, 1:200, 0].tolist()]
+        written = sample(run.folder, c, m, run.lookup, prompt, 300)
+        log(f"---- the beginning of the validation text\n{printable(encoding.decode(prompt[1:]))}")
+        log(f"---- what the model writes after it\n{printable(encoding.decode(written))}\n----")
+    except Exception as e:  # a tokenizer that fails must not spoil a finished run
+        log(f"no sample: {first_line(e)}")
+    log(
+        f"val_loss {record['val_loss']:.6f} nats per token, {record['val_bpb']:.6f} bits per byte, "
+        f"{record['val_tokens']:,} tokens scored"
+    )
+    # The last checkpoint is kept: it has no weights, just run.progress.
+    remove_states(run.folder, saved(run.folder, INDEX_FILE)[-1:])
+    for path in leftovers(run.folder):
+        path.unlink()
+    log.sync()
+    write_json(run.folder / "record.json", record)
+    run.finished = True
+    log(f"the run is in {run.folder}")
+    ask_referee(run)
+    log.sync()
+
+
+# ---- before a run: compilation, and what --fit does --------------------------------------------------------
 
 
 def distinct_models(models):
@@ -2369,278 +2634,6 @@ def fit(c, m):
     speed = f"{1 / seconds_per_flop:.3g} FLOP/s, measured on made-up tokens"
     m.reasons["fit"] = f"{c.epochs:g} of {given:g} epochs, {seconds:,.0f} s of {cap:,} at {speed}"
     return c, time.monotonic() - began
-
-
-def begin_log(run):
-    """The head of a run's log, or that of its next part."""
-    c = run.c
-    m = run.m
-    log = run.log
-    log.cut(run.progress["log_bytes"])
-    if run.progress["log_bytes"]:
-        log(f"resumed at step {run.progress['step']} of model {run.progress['model'] + 1}")
-    else:
-        header = f"{LOG_HEAD}{SCRIPT} bytes={len(SOURCE)} sha256={SOURCE_SHA256}"
-        log(f"{header}\n{SOURCE.decode()}{SOURCE_END}", show=False)
-        log(f"config {json.dumps(dataclasses.asdict(c))}\ndata {json.dumps(run.meta)}", show=False)
-        size = f"{len(run.plan)} model(s), the first of {n_params(c):,} parameters"
-        length = f"{run.plan[0].batches.steps} steps of {c.batch_tokens:,} tokens"
-        epochs = f"{c.epochs:g} epochs of {c.train_tokens:,}, seed {c.seed}"
-        log(f"run {run.folder}: track {c.track}, {size}, {length}, {epochs}")
-    log(f"packages: python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}")
-    log(f"hardware: {hardware(m)}; {m.world_size} rank(s) of {torch.get_num_threads()} thread(s)")
-    log(f"dtype: {m.reasons['dtype']}\nattention: {m.reasons['attention']}")
-    if "fit" in m.reasons:
-        log(f"fit: {m.reasons['fit']}")
-
-
-def train(run, shards, saver):
-    """Train the models of a run, the first from the shards of a checkpoint if there are any."""
-    m = run.m
-    progress = run.progress
-    progress["ranks"] = max(m.world_size, progress["ranks"])
-    progress["threads"] = max(torch.get_num_threads(), progress["threads"])
-    begin_log(run)
-    compile_seconds = run.fit_seconds + compile_all(run.plan[progress["model"] :], m)
-    run.log(f"compiled: {m.reasons['compiled']}; {compile_seconds:.1f} s, which the clock leaves out")
-    progress["compile_seconds"] += compile_seconds
-    # So that run.seconds() goes on from progress["seconds"], without the compilation.
-    run.clock_start = START + compile_seconds - progress["seconds"]
-    ask_referee(run, "--flops", f"{sum(model.train_flops for model in run.plan)}")
-    total = np.inf
-    for model in run.plan:
-        is_new = model.number >= progress["model"]
-        if is_new:
-            p = train_model(run, model, shards, saver)
-            shards = []  # they were of this model; the next one starts afresh
-            if m.is_main:
-                save_weights(run.folder, model, p)
-            del p  # the next model needs the memory
-            progress |= {"model": model.number + 1, "step": 0, "seconds": run.seconds()}
-        barrier(m)  # all ranks read what the first has written
-        # When a run is resumed, the models that it has trained already are only scored again, for the mean.
-        if len(run.plan) > 1:
-            nll = stream_nll(load_weights(run.folder, model.number, model.c, m), run.eval_inputs, model.c, m)
-            if model.number < run.c.members:
-                total = add_model(total, nll)
-            if is_new:
-                n = min(model.number + 1, run.c.members)
-                together = mean_nll(total) + math.log(n)
-                so_far = f"val_loss {mean_nll(nll):.4f}, the members so far together {together:.4f}"
-                run.log(f"member {model.number + 1} done: {so_far}, on {run.eval_name}")
-        if is_new:
-            saver.save()
-    saver.wait()
-
-
-def ask_referee(run, *options):
-    """Log what the track's rules make of the run so far. records/leaderboard.py decides that."""
-    desk = HERE / "records" / "leaderboard.py"
-    if run.m.is_main and desk.exists():
-        command = [sys.executable, str(desk), "judge", str(run.folder), *options]
-        answer = subprocess.run(command, capture_output=True, text=True)
-        for line in (answer.stdout + answer.stderr).splitlines():
-            run.log(f"referee: {line}")
-
-
-def first_weights(run, model):
-    """What a model's training begins with: for a student of its teachers' shape the last teacher's weights (a
-    warm start), otherwise the seed's."""
-    shapes = param_shapes(model.c)
-    if model.number == run.c.members:
-        teacher = model.teachers[-1]
-        if shapes.items() <= param_shapes(teacher.c).items():
-            run.log(f"model {model.number + 1} starts from the weights of model {teacher.number + 1}")
-            p = load_weights(run.folder, teacher.number, teacher.c, run.m)
-            return {name: p[name] for name in shapes}
-    return init_params(model.c, run.m.device)
-
-
-def load_teacher(run, model, step):
-    """(Config, weights) of the model to learn from. A student takes turns with its teachers: that costs what
-    one teacher costs, and in the mean its gradient is that of their mean probability."""
-    turn = step // model.c.teacher_switch_every
-    teacher = model.teachers[turn % len(model.teachers)]
-    return teacher.c, load_weights(run.folder, teacher.number, teacher.c, run.m)
-
-
-def train_step(p, optimizer, model, step, m, teacher):
-    """One optimizer step. Returns this rank's part of the logged losses, tensors by name."""
-    c = model.c
-    done = model.batches.done(step)
-    x, y, n_targets = model.batches.batch(step)
-    rows = c.device_tokens // c.seq_len
-    losses = {}
-    with step_weights(p, c, m) as weights:
-        for i, (x_part, y_part) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
-            seed = (c.seed, step, m.rank, i)
-            phase = model.batches.phases[step]
-            part = train_pass(weights, x_part, y_part, n_targets, c, m, phase, seed, teacher)
-            losses = {name: losses.get(name, 0.0) + value for name, value in part.items()}
-    optimizer.step(step, lr_schedule(done, c), wd_schedule(done, c), momentum_schedule(done, c))
-    return losses
-
-
-def train_model(run, model, shards, saver):
-    """Train one model of a run, from the shards of a checkpoint or from the start. Returns its final
-    weights."""
-    c = model.c
-    m = run.m
-    n_steps = model.batches.steps
-    first_step = run.progress["step"]
-    if shards:
-        p = {name: torch.empty(shape, device=m.device) for name, shape in param_shapes(c).items()}
-    else:
-        p = first_weights(run, model)
-    for w in p.values():
-        w.requires_grad_()
-    optimizer = MuonAdamW(p, c, m)
-    ema = None
-    if c.ema:
-        ema = {name: optimizer.shard(name, w.detach()).clone() for name, w in p.items()}
-    if shards:
-        load_shards(run.folder, shards, optimizer, ema)
-    eval_after = {round(n_steps * (i + 1) / c.evals) for i in range(c.evals - 1)}
-    flops_left = sum(model.step_flops[first_step:])
-    flops_left += sum(later.train_flops for later in run.plan[model.number + 1 :])
-    flops_done = 0
-    began = time.monotonic()
-    teacher = None
-    for step in range(first_step, n_steps):
-        turn_begins = step % c.teacher_switch_every == 0 and len(model.teachers) > 1
-        if model.teachers and (step == first_step or turn_begins):
-            teacher = None  # its memory is free before the next one comes
-            teacher = load_teacher(run, model, step)
-        losses = train_step(p, optimizer, model, step, m, teacher)
-        if ema:
-            decay = min(c.ema, (step + 1) / (step + 10))  # shorter at first: the initial weights fade
-            for name, average in ema.items():
-                average.lerp_(optimizer.shard(name, p[name].detach()), 1 - decay)
-        if step + 1 < n_steps:
-            model.batches.prepare(step + 1)
-
-        # What follows is decided by sums over the ranks, and so is the same on all of them.
-        flags = torch.tensor([float(bool(run.stop_requested)), float(saver.has_written)], device=m.device)
-        sums = all_reduce(m, torch.cat([torch.stack([*losses.values()]), flags]))
-        *values, stop, n_written = sums.tolist()
-        if n_written == m.world_size:
-            saver.commit()
-        run.progress |= {"step": step + 1, "seconds": run.seconds()}
-        # After the last step, the final weights are written at once.
-        saving = stop or ((step + 1) % c.save_every == 0 and step + 1 < n_steps)
-        where = f"{model.name}step {step + 1}/{n_steps}"
-        terms = " ".join(f"{name} {value:.4f}" for name, value in zip(losses, values, strict=True))
-        finite = all(map(math.isfinite, values))
-        if saving or step + 1 == n_steps:
-            finite = finite and all(w.isfinite().all() for w in p.values())
-        if not finite:
-            saver.wait()
-            last = (saved(run.folder, INDEX_FILE) or ["none, this came before the first"])[-1]
-            message = f"{where}: {terms}: the loss or a weight is not finite; last good checkpoint: {last}"
-            raise UserError(message, status=1)
-        flops_done += model.step_flops[step]
-        flops_left -= model.step_flops[step]
-        seconds = time.monotonic() - began
-        left = flops_left * seconds / flops_done  # of the whole run's training, at the speed so far
-        lr = lr_schedule(model.batches.done(step), c) * c.muon_lr
-        speed = (step + 1 - first_step) * c.batch_tokens / seconds
-        times = f"tok/s {speed:.0f} time {run.progress['seconds']:.1f}s left {left:.0f}s"
-        epoch = model.batches.epoch(step + 1)
-        line = f"{where} epoch {epoch:.3f} {terms} lr {lr:.5f} {times}"
-        run.log(line, pause=0.0 if step + 1 == n_steps else 2.0)
-        if step + 1 == first_step + 100:  # now the speed is known: will the run end in the track's time?
-            left = seconds_left(run.plan[model.number :], step + 1, seconds / flops_done, m)
-            ask_referee(run, "--seconds", f"{run.seconds() + left:.0f}")
-        val_loss = None
-        if step + 1 in eval_after:
-            weights = optimizer.whole(ema) if ema else p
-            val_loss = mean_nll(stream_nll(weights, run.eval_inputs, c, m))
-            del weights  # training needs the memory
-            run.log(f"{model.name}eval {step + 1}/{n_steps} val_loss {val_loss:.4f} on {run.eval_name}")
-        place = {"model": model.number + 1, "step": step + 1, "steps": n_steps, "epoch": epoch}
-        rates = {"lr": lr, "tokens_per_second": speed, "seconds": run.progress["seconds"]}
-        run.metrics(**place, **dict(zip(losses, values, strict=True)), **rates, val_loss=val_loss)
-        if saving:
-            saver.save(optimizer, ema)
-        if stop:
-            saver.wait()
-            raise stopped(run, f"stopped at {where} and saved")
-    saver.wait()
-    return optimizer.whole(ema) if ema else p
-
-
-def finish(run):
-    """After the clock: score the final weights, write the record."""
-    c = run.c
-    m = run.m
-    log = run.log
-    progress = run.progress
-    nll = run_nll(run.folder, run.val_inputs, c, m, log)
-    if not m.is_main:
-        return
-    # Sums over blocks of 1,000 tokens, which leaderboard.py compares between runs.
-    write_npy(run.folder / "val_nll.npy", np.add.reduceat(nll[0], np.arange(0, nll.size, 1000)))
-    scored = [c_model for _, c_model in scored_models(c)]
-    score_flops = 0
-    for c_model in scored:
-        passes_per_token = c_model.seq_len / (c_model.score_stride or c_model.seq_len)
-        score_flops += flops_per_token(c_model, phase_schedule(1.0, c_model)) * passes_per_token
-    record = {
-        "track": c.track,
-        "trial": run.trial,
-        "seed": c.seed,
-        "members": len(run.plan),  # all that were trained, a student included; --resume compares this
-        "scored": len(scored),
-        "val_loss": mean_nll(nll),
-        "val_bpb": nll.sum() / math.log(2) / run.meta["text_bytes"]["val"],
-        "val_tokens": nll.size - 1,
-        "train_seconds": progress["seconds"],
-        "compile_seconds": progress["compile_seconds"],
-        "steps": sum(model.batches.steps for model in run.plan),
-        "train_tokens": c.train_tokens,
-        "tokens_seen": sum(model.batches.tokens_seen() for model in run.plan),
-        "parameters": sum(map(n_params, scored)),
-        "train_flops": sum(model.train_flops for model in run.plan),
-        "score_flops_per_token": score_flops,
-        "source_sha256": SOURCE_SHA256,
-        "data_sha256": run.meta["sha256"],
-        "hardware": hardware(m),
-        "ranks": progress["ranks"],
-        "threads": progress["threads"],
-        "torch": torch.__version__,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    if m.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(m.device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    log(
-        f"trained for {record['train_seconds']:.1f} s, {record['tokens_seen']:,} tokens seen, "
-        f"{record['train_flops']:.4g} FLOPs, peak memory {peak / 2**20:.0f} MiB"
-    )
-    log(f"threads waited {seconds_waited():.1f} s for a processor; much of that means a busy machine")
-    try:
-        encoding = from_prepare("get_encoding", run.meta["tokenizer"])
-        prompt = [c.bos_id, *run.val_inputs[0, 1:200, 0].tolist()]
-        written = sample(run.folder, c, m, run.lookup, prompt, 300)
-        log(f"---- the beginning of the validation text\n{printable(encoding.decode(prompt[1:]))}")
-        log(f"---- what the model writes after it\n{printable(encoding.decode(written))}\n----")
-    except Exception as e:  # a tokenizer that fails must not spoil a finished run
-        log(f"no sample: {first_line(e)}")
-    log(
-        f"val_loss {record['val_loss']:.6f} nats per token, {record['val_bpb']:.6f} bits per byte, "
-        f"{record['val_tokens']:,} tokens scored"
-    )
-    # The last checkpoint is kept: it has no weights, just run.progress.
-    remove_states(run.folder, saved(run.folder, INDEX_FILE)[-1:])
-    for path in leftovers(run.folder):
-        path.unlink()
-    log.sync()
-    write_json(run.folder / "record.json", record)
-    run.finished = True
-    log(f"the run is in {run.folder}")
-    ask_referee(run)
-    log.sync()
 
 
 # ---- dry run -----------------------------------------------------------------------------------------------
@@ -2843,7 +2836,56 @@ class Terminal:
         do_without(f"nothing more is shown on {self.stream.name}", e)
 
 
-# ---- main --------------------------------------------------------------------------------------------------
+# ---- commands ----------------------------------------------------------------------------------------------
+
+
+def in_place(c, given):
+    """The config of a run with those of PLACE_OPTIONS that were given for this machine."""
+    c = dataclasses.replace(c, **{name: given[name] for name in PLACE_OPTIONS if name in given})
+    check_config(c)
+    return c
+
+
+def load_run(folder, given, args):
+    """(Config, Machine, meta, Lookup) of a run folder that is to be scored."""
+    c, meta, _ = read_run(folder)
+    c = in_place(c, given)
+    m = setup_machine(c, args)
+    train_tokens = None
+    if c.memory:
+        path = find_data(c, m) / "train.bin"
+        train_tokens = read_shard(path, c.vocab_size, meta["sha256"]["train.bin"])[: c.train_tokens]
+    return c, m, meta, Lookup(train_tokens, c)
+
+
+def sample_command(given, args):
+    """--sample RUN --prompt TEXT: the prompt, and what the run's models write after it."""
+    c, m, meta, lookup = load_run(args.sample, given, args)
+    encoding = from_prepare("get_encoding", meta["tokenizer"])
+    prompt = [c.bos_id, *encoding.encode_ordinary(args.prompt or "")]
+    written = sample(args.sample, c, m, lookup, prompt, args.length or 500)
+    print(printable(encoding.decode([i for i in prompt + written if i != c.bos_id])))
+
+
+def score_command(given, args):
+    """--score RUN --tokens FILE --nll OUT.npy: the contract that a referee relies on."""
+    require(
+        args.tokens and args.nll and args.nll.suffix == ".npy" and args.nll.parent.is_dir(),
+        f"--score: needs --tokens FILE and --nll OUT.npy in a folder that exists, "
+        f"not --tokens {args.tokens} --nll {args.nll}",
+    )
+    free = not os.path.lexists(args.nll)
+    require(free, f"--nll {args.nll}: exists already; name a new file, or delete it")
+    c, m, _, lookup = load_run(args.score, given, args)
+    is_shard = args.tokens.suffix != ".npy"
+    if is_shard:
+        streams = read_shard(args.tokens, c.vocab_size)[None]
+    else:
+        streams = read_streams(args.tokens, c.vocab_size)
+    nll = run_nll(args.score, lookup.inputs(streams), c, m).astype(np.float32)
+    if m.is_main:
+        write_npy(args.nll, nll[0] if is_shard else nll)
+        print(f"{args.nll}: {nll[:, 1:].size:,} tokens scored, {mean_nll(nll):.6f} nats per token")
 
 
 def train_command(given, args):
@@ -2979,6 +3021,9 @@ def stopped(run, where="stopped"):
     return KeyboardInterrupt(f"{where}; go on with: python {SCRIPT} --resume {run.folder}")
 
 
+# ---- options -----------------------------------------------------------------------------------------------
+
+
 def parse_path(name, value):
     require(value, f"--{name}: is empty; name a file or folder")  # Path("") is the current folder
     return Path(value)
@@ -3077,6 +3122,9 @@ def check_combination(given, args):
         require(fits, f"--{name}: goes with {'a new run' if owner == 'train' else f'--{owner} RUN'}")
     require(not (args.fit and args.steps), "--fit: leave out --steps, which shortens a run, too")
     require(args.steps is None or args.steps > 0, f"--steps {args.steps}: must be 1 or more")
+
+
+# ---- main --------------------------------------------------------------------------------------------------
 
 
 def main():
