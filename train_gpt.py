@@ -59,6 +59,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,7 +88,7 @@ class UserError(Exception):
     stopped."""
 
     def __init__(self, message, status=2):
-        # It may quote a file that somebody else made: such a text must not fill or steer the terminal.
+        # It may quote an untrusted file, so it is cut short and loses its control characters.
         super().__init__("".join(c if c.isprintable() else "?" for c in message[:1000]))
         self.status = status
 
@@ -107,7 +108,7 @@ def require(condition, message):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A recipe. The defaults are a plain model; PRESETS has the tracks' recipes. The comment behind a field
+    """A recipe. The defaults are a plain model; PRESETS has the tracks' recipes. The comment after a field
     is its text in --help."""
 
     track: str = "pocket"
@@ -139,7 +140,7 @@ class Config:
     loop_times: int = 0
     loop_from: float = 0.5
     # learning more from the same tokens
-    epochs: float = 3.2  # passes over train_tokens; a step of bags counts as one of single tokens
+    epochs: float = 3.2  # passes over train_tokens, if no step had bags; their steps read bag_size as many
     dropout: float = 0.0  # of what each attention and each MLP adds to the residual stream
     bag_size: int = 1  # token superposition (2605.06546): bags of tokens in, the next bag's tokens out
     bag_until: float = 0.0  # fraction of training at which bags end
@@ -149,10 +150,10 @@ class Config:
     chains: int = 1  # the members form this many chains; in one, each learns from the one before it
     distill_alpha: float = 0.0  # in a chain, the share of the loss that is KL to the member before
     distill_temp: float = 1.0  # temperature of both distributions in that KL (1503.02531)
-    student: str = ""  # name=value,... changes the recipe of a last model, taught by all, scored alone
+    student: str = ""  # name=value,... of a last model, distilled from all members and scored alone
     teacher_switch_every: int = 25  # steps that a student learns from one member before it turns to the next
     # optimization
-    batch_tokens: int = 4096  # tokens per optimizer step, over all ranks
+    batch_tokens: int = 4096  # tokens, or bags, per optimizer step, over all ranks
     device_tokens: int = 8192  # tokens per forward pass of one rank; fewer save memory and cost speed
     loss_chunk: int = 1024  # tokens whose logits exist at the same time
     muon_lr: float = 0.04  # for matrices
@@ -166,7 +167,7 @@ class Config:
     adam_beta1: float = 0.8
     adam_beta2: float = 0.95
     weight_decay: float = 0.1  # decoupled, times the learning rate
-    wd_points: str = "0:1"  # its course: fraction of training : multiple of weight_decay, linear in between
+    wd_points: str = "0:1"  # its schedule: fraction of training : multiple of weight_decay, linear in between
     warmup: float = 0.01  # fraction of training over which the learning rates rise
     warmdown: float = 0.6  # last fraction of training, over which they fall to zero
     # scoring, evaluation, housekeeping
@@ -203,9 +204,9 @@ DEEP = (
     | dict(epochs=18, muon_lr=0.01, weight_decay=1.3, loop_first=15, loop_last=24, loop_times=2)
 )
 
-# The recipe of each track's standing record, where there is one; the prose tracks have pocket's, which is
-# ahead of their first records. The FineWeb presets and mini's have not run on a GPU yet: their shapes follow
-# Slowrun's published scripts, their rates are this script's.
+# The recipe of each track's standing record, where there is one; the prose tracks have pocket's. The FineWeb
+# presets and mini's have not run on a GPU yet: their shapes follow Slowrun's published scripts, their rates
+# are this script's.
 PRESETS = {
     "pocket": POCKET | dict(epochs=5.7, evals=4),
     "pocket_unlimited": POCKET | dict(epochs=6.0, members=3, distill_alpha=0.4),
@@ -225,85 +226,6 @@ PRESETS = {
     | dict(loop_times=4, members=8, distill_alpha=0.4),
 }
 
-# Lowest and highest value of each number. Sizes end far beyond any use, so that no slip and no made-up
-# config.json asks for an absurd amount of memory. BELOW_1: a dropout of 1 would leave nothing, and a phase
-# that begins at 1 would never come.
-BELOW_1 = math.nextafter(1.0, 0.0)
-RANGES = (
-    ("n_layer n_head bag_size members chains", 1, 1000),
-    ("loop_first loop_last loop_times evals", 0, 1000),
-    ("n_embd window_short", 1, 2**16),
-    ("mlp_hidden seq_len loss_chunk", 1, 2**20),
-    ("batch_tokens device_tokens train_tokens eval_windows", 1, 2**29),
-    ("teacher_switch_every save_every cpu_threads", 1, 2**31),
-    ("seed score_stride", 0, 2**31),
-    ("vocab_size bos_id", 0, 2**16 - 1),
-    ("muon_lr embed_lr head_lr scalar_lr weight_decay mtp_weight", 0, 1e6),
-    ("warmup warmdown momentum_start momentum_warmup muon_momentum muon_beta2 distill_alpha", 0, 1),
-    ("dropout loop_from bag_until ema adam_beta1 adam_beta2", 0, BELOW_1),
-    ("softcap epochs distill_temp", 1e-6, 1e6),
-)
-
-
-def check_config(c):
-    """Refuse what cannot be trained, before anything is loaded. A new field needs no line here."""
-    for names, low, high in RANGES:
-        for name in names.split():
-            value = getattr(c, name)
-            require(low <= value <= high, f"--{name} {value}: must be from {low} to {high:.10g}")
-
-    def given(*names):
-        return " ".join(f"--{name} {getattr(c, name)}" for name in names)
-
-    loop_exists = c.loop_times == 0 or c.loop_first <= c.loop_last < c.n_layer
-    number = r"(\d+\.?\d*|\.\d+)"
-    is_course = re.fullmatch(f"{number}:{number}(,{number}:{number})*", c.wd_points)
-    require(c.n_embd % (4 * c.n_head) == 0, f"{given('n_embd', 'n_head')}: heads need 4, 8, 12 ... channels")
-    require(c.batch_tokens % c.seq_len == 0, f"{given('batch_tokens', 'seq_len')}: choose a multiple")
-    require(c.device_tokens >= c.seq_len, f"{given('device_tokens', 'seq_len')}: must hold one sequence")
-    require(c.score_stride <= c.seq_len, f"{given('score_stride', 'seq_len')}: would leave tokens out")
-    require(c.train_tokens > c.bag_size, f"{given('train_tokens', 'bag_size')}: must be more than one bag")
-    require(re.fullmatch("[SL]+", c.window_pattern), f"{given('window_pattern')}: write it in S and L")
-    require(c.warmup + c.warmdown <= 1, f"{given('warmup', 'warmdown')}: together more than all of training")
-    require(c.members % c.chains == 0, f"{given('members', 'chains')}: choose a multiple")
-    require(loop_exists, f"{given('loop_first', 'loop_last')}: not a range of layers 0 to {c.n_layer - 1}")
-    require(c.dtype in ("auto", "bf16", "fp32"), f"{given('dtype')}: choose auto, bf16 or fp32")
-    for name in ("recall", "memory"):
-        well_formed = re.fullmatch(r"([1-9]\d{0,3}(,[1-9]\d{0,3}){0,99})?", getattr(c, name))
-        require(well_formed, f"{given(name)}: write up to 100 lengths with commas between, such as 4,8,16")
-    fractions = [fraction for fraction, _ in wd_points(c)] if is_course else []
-    rising = is_course and fractions == sorted(fractions)
-    require(rising, f"{given('wd_points')}: write rising fraction:multiple pairs, such as 0:1,0.5:0.1,1:1.5")
-    if c.student:
-        student = model_configs(c)[-1]
-        require(student.distill_alpha > 0, f"{given('student')}: it learns nothing; add distill_alpha=0.5")
-        check_config(student)
-
-
-KINDS = {bool: "0 or 1", int: "a whole number", float: "a number", str: "one line of text"}
-BOOLS = {"0": False, "1": True, "false": False, "true": True}
-
-
-def parse_value(name, value):
-    """A value of the Config field `name`: of the field's type, or a string that holds one."""
-    kind = Config.__dataclass_fields__[name].type
-    fits = type(value) in (kind, str) or (kind is float and type(value) is int)
-    with contextlib.suppress(ValueError, OverflowError, KeyError):
-        if fits and str(value).isprintable():
-            return BOOLS[str(value).lower()] if kind is bool else kind(value)
-    raise UserError(f"--{name} {value}: must be {KINDS[kind]}")
-
-
-def make_config(given):
-    """The track's preset with the given values on top; without a track, the small recipe."""
-    track = given.get("track", "pocket")
-    require(track in PRESETS, f"--track {track}: choose one of {', '.join(PRESETS)}")
-    preset = PRESETS[track] if "track" in given else SMALL
-    values = preset | {"track": track} | given
-    c = Config(**{name: parse_value(name, value) for name, value in values.items()})
-    check_config(c)
-    return c
-
 
 def model_configs(c):
     """The configs of the models that a run trains, in order: its members, which differ in seed, then its
@@ -316,12 +238,28 @@ def model_configs(c):
     names = Config.__dataclass_fields__.keys() - of_the_run.split()
     for name in changes:
         hint = did_you_mean(name, names, "write name=value pairs of recipe options")
-        require(name in names, f"--student {c.student}: {name!r} is none that a student can change; {hint}")
+        require(
+            name in names,
+            f"--student {c.student}: {name!r} is not an option that a student can change; {hint}",
+        )
     # A student begins where its teachers ended: past the bags, with all loops.
     values = {"bag_until": 0.0, "loop_from": 0.0} | {
         name: parse_value(name, changes[name]) for name in changes
     }
     return [*members, dataclasses.replace(members[0], seed=c.seed + 1000 * c.members, **values)]
+
+
+NO_TOKEN = 65535  # where a look-up finds nothing; no token has this id
+
+
+def lengths(text):
+    """The n-gram lengths of c.recall or c.memory."""
+    return [int(n) for n in text.split(",") if n]
+
+
+def n_lookups(c):
+    """How many tokens the model reads beside each."""
+    return len(lengths(c.recall)) + len(lengths(c.memory))
 
 
 # ---- schedules: pure functions of the fraction of training that is done, in [0, 1] -------------------------
@@ -346,12 +284,12 @@ def momentum_schedule(done, c):
     return c.momentum_start + (c.muon_momentum - c.momentum_start) * risen
 
 
-def wd_points(c):
+def parse_wd_points(c):
     return [tuple(map(float, point.split(":"))) for point in c.wd_points.split(",")]
 
 
 def wd_schedule(done, c):
-    fractions, multiples = zip(*wd_points(c), strict=True)
+    fractions, multiples = zip(*parse_wd_points(c), strict=True)
     return float(np.interp(done, fractions, multiples))
 
 
@@ -371,7 +309,7 @@ class Param(NamedTuple):
     parameter."""
 
     shape: tuple  # of a single layer's, if there is one for each; matrices are [out, in]
-    init: object  # function of (stacked shape, generator): the first values, float32 on the CPU
+    init: Callable  # of (stacked shape, generator): the first values, float32 on the CPU
     optimizer: str  # muon: matrices in the last two dimensions; adamw: anything
     lr: str  # the field of Config that holds its learning rate
     decay: bool  # weight decay applies
@@ -421,7 +359,7 @@ def param_table(c):
     n_square = 4 + c.value_proj
     n_gates = c.value_proj + c.attn_gate
     n_in = min(GATE_CHANNELS, D)
-    has_skips = c.unet and c.n_layer > 1
+    has_skips = c.unet and L > 1
     n_lookup = n_lookups(c)
     has_lookups = n_lookup > 0
     has_mtp = c.mtp_weight > 0
@@ -442,7 +380,7 @@ def param_table(c):
         "mix":     Param((2,),                  constant([1.1, 0.1]),     *SCALAR, L, False, True),
         # with both, the first gates the values, the last the attention's output
         "gates":   Param((n_gates, H, n_in),    constant(0.0),            *SCALAR, L, True,  n_gates > 0),
-        "skip":    Param((c.n_layer // 2,),     constant(1.0),            *SCALAR, 0, False, has_skips),
+        "skip":    Param((L // 2,),             constant(1.0),            *SCALAR, 0, False, has_skips),
         # a table for each look-up; its last row stands for NO_TOKEN
         "lookup":  Param((n_lookup, V + 1, D),  constant(0.0),            *EMBED,  0, False, has_lookups),
         "iha":     Param((3, H, H),             identity,                 *SCALAR, L, False, c.iha),
@@ -488,9 +426,9 @@ def rotate(x, cos, sin):
 
 
 def attention_masks(starts, windows, impl, dtype):
-    """What attention() needs for each window size, {window: mask}. Every implementation allows the same
-    pairs: token i sees token j if j <= i, i - j < window, and no document begins after j up to i. starts
-    [B, T]: where one begins."""
+    """Masks for attention(), by window size. The three implementations (varlen and flex on a GPU, sdpa
+    anywhere) allow the same pairs: token i sees token j if j <= i, i - j < window, and no document begins
+    after j up to i. starts [B, T]: where one begins."""
     B, T = starts.shape
     device = starts.device
     if impl == "varlen":  # rows and documents are sequences of one long batch
@@ -502,7 +440,7 @@ def attention_masks(starts, windows, impl, dtype):
         room = 1 << max(B * T // 256, len(firsts)).bit_length()
         cu_seqlens = F.pad(firsts, (0, room - len(firsts)), value=B * T)
         return {window: (cu_seqlens, window) for window in windows}
-    # Documents count from 1: with_block_before pads with zeros, which are nobody's.
+    # Documents count from 1: with_block_before pads with zeros, which match none.
     document = starts.cumsum(1, dtype=torch.int32) + 1
     if impl == "flex":
 
@@ -530,7 +468,7 @@ def attention_masks(starts, windows, impl, dtype):
 
 
 def with_block_before(x, size):
-    """[B, T, ...] -> [B, T/size, 2*size, ...]: each block behind the one before, the first behind zeros."""
+    """[B, T, ...] -> [B, T/size, 2*size, ...]: each block after its predecessor, the first after zeros."""
     blocks = x.unflatten(1, (-1, size))
     before = torch.cat([torch.zeros_like(blocks[:, :1]), blocks[:, :-1]], dim=1)
     return torch.cat([before, blocks], dim=2)
@@ -621,7 +559,7 @@ def embed(p, inputs, c, bag_size):
     return x, starts.any(2)
 
 
-def forward(p, inputs, c, m, phase, dropout=0.0, run_block=None):
+def forward(p, inputs, c, m, phase, dropout=0.0, run_block=block):
     """Hidden states [B, T, D], normalized, ready for the head, of inputs [B, T * phase.bag_size, 1 +
     n_lookups(c)] (see Lookup). run_block: block() or its compiled form; scoring comes in many shapes, not
     worth compiling."""
@@ -630,7 +568,8 @@ def forward(p, inputs, c, m, phase, dropout=0.0, run_block=None):
     cos, sin = rope_tables(T, c.n_embd // c.n_head, m.device, m.dtype)
     windows = [min(layer_window(c, i), T) for i in phase.layers]
     masks = attention_masks(starts, sorted(set(windows)), m.attention, m.dtype)
-    # Stacked parameters are cast and taken apart once per pass, not once per use.
+    # Stacked parameters are cast and taken apart once per pass, not once per use. step_weights() leaves
+    # out iha.
     stacked = [name for name, entry in param_table(c).items() if entry.n_stack and name in p]
     banks = {name: p[name].to(m.dtype).unbind(0) for name in stacked}
     x = x0 = norm(x.to(m.dtype))
@@ -640,7 +579,7 @@ def forward(p, inputs, c, m, phase, dropout=0.0, run_block=None):
         if c.unet and mirror in skips:
             x = x + p["skip"][mirror] * skips[mirror]
         w = {name: bank[i % len(bank)] for name, bank in banks.items()}
-        x = (run_block or block)(x, x0, w, cos, sin, masks[window], c, m.attention, dropout)
+        x = run_block(x, x0, w, cos, sin, masks[window], c, m.attention, dropout)
         if i < c.n_layer // 2:
             skips[i] = x
     return norm(x)
@@ -662,7 +601,7 @@ def flops_per_token(c, phase):
 
 
 def low_precision_head(w, dtype):
-    """The head [V, D] in the dtype of the products. A row of 50,257 logits in bf16 does not begin at a
+    """The head [V, D] in the dtype of the matrix products. A row of 50,257 logits in bf16 does not begin at a
     multiple of 16 bytes, as a GPU's fast kernels need, so V is rounded up to a multiple of 8."""
     return F.pad(w.to(dtype), (0, 0, 0, -len(w) % 8))
 
@@ -676,8 +615,9 @@ def head_logits(h, head, c):
 
 def loss_function(logits, targets, c, teacher_logits=None):
     """(the loss to minimize, what to log of it by name), sums over a chunk of n tokens, in nats. Plain
-    PyTorch: a new term is a line here, and every entry of the dict is logged at every step. A term that needs
-    hidden states or weights goes into train_pass: append it to `roots`, and its gradient to `grads`.
+    PyTorch: a new term is a line here, and every entry of the dict is logged at every step; "loss" stays the
+    plain cross-entropy. Leave out the rows with targets[:, 0] < 0. The further target (mtp_weight) goes
+    through this function, too. A term that needs hidden states or weights goes into train_pass.
 
     logits: [n, V] float32. targets: [n, K], the K tokens of the next bag, weighted equally; -1 is ignored.
     teacher_logits: [n, V] of the model to learn from. With it the loss is (1 - alpha) * CE + alpha
@@ -711,7 +651,7 @@ def chunk_grad(h, head, targets, scale, c, teacher_h=None, teacher_head=None):
 
 def objective(h, head, targets, scale, c, m, teacher_out=None):
     """(gradient of h, float32 gradient of head, logged sums) of scale * loss, chunk by chunk: never all
-    logits at once. h [N, D] from forward(); head of low_precision_head(); targets [N, K]; scale: a tensor,
+    logits at once. h [N, D] from forward(); head from low_precision_head(); targets [N, K]; scale: a tensor,
     for torch.compile would recompile for every new number; teacher_out: a teacher's (h, head)."""
     grad_h = torch.empty_like(h)
     grad_head = torch.zeros_like(head, dtype=torch.float32)
@@ -724,80 +664,6 @@ def objective(h, head, targets, scale, c, m, teacher_out=None):
         grad_head += grads[1]
         logged = {name: logged.get(name, 0.0) + value for name, value in sums.items()}
     return grad_h, grad_head, logged
-
-
-@contextlib.contextmanager
-def step_weights(p, c, m):
-    """What the passes of one optimizer step get as p: its stacked weights are in the dtype of the products
-    already, with their heads mixed. That is done once and not in every pass. Their gradients add up in
-    float32 and reach p[name].grad behind the last pass, those of the mixing matrices too."""
-
-    def mixed_attention():
-        layers = zip(p["attn"], p["iha"], strict=True)
-        qkv = torch.stack([mix_heads(w[:3], iha) for w, iha in layers])
-        return torch.cat([qkv, p["attn"][:, 3:]], dim=1)
-
-    grads = {}
-
-    def add_up(name, w):
-        if name in grads:
-            grads[name] += w.grad
-        else:
-            grads[name] = w.grad.float()
-        w.grad = None
-
-    weights = dict(p)
-    if c.iha:
-        del weights["iha"]
-        with torch.no_grad():
-            weights["attn"] = mixed_attention()
-    for name, entry in param_table(c).items():
-        if entry.n_stack and name in weights:
-            weights[name] = weights[name].detach().to(m.dtype).requires_grad_()
-            weights[name].register_post_accumulate_grad_hook(functools.partial(add_up, name))
-    yield weights
-    if c.iha:
-        mixed_attention().backward(grads.pop("attn"))  # mixed again: until now that would have taken memory
-    for name, grad in grads.items():
-        p[name].grad = grad
-
-
-def train_pass(p, x, y, n_targets, c, m, phase, seed, teacher=None):
-    """Forward and backward of one micro-batch; gradients add up in p[name].grad. x, y: of Loader.batch.
-    n_targets: of the whole batch, over which the losses are averaged. teacher: (Config, weights). Returns
-    the logged losses."""
-    # Dropout depends only on the seed, the step, the rank and the micro-batch, so a resumed run repeats it.
-    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    x = x.to(m.device, non_blocking=True)
-    y = y.to(m.device, non_blocking=True)
-    teacher_out = None
-    if teacher and phase.bag_size == 1:  # the teacher predicts single tokens, so it sits out the bags
-        c_teacher, p_teacher = teacher
-        with torch.no_grad():
-            h = forward(p_teacher, x, c_teacher, m, phase_schedule(1.0, c_teacher), run_block=m.block)
-        teacher_out = h.flatten(0, 1), low_precision_head(p_teacher["lm_head"], m.dtype)
-    h = forward(p, x, c, m, phase, c.dropout, m.block).flatten(0, 1)
-    # The backward pass has two parts: objective() goes back through the loss and the head, whose gradient is
-    # added by hand below; from h on, autograd takes over.
-    head = low_precision_head(p["lm_head"].detach(), m.dtype)
-    scale = torch.tensor(1 / n_targets, device=m.device)
-    grad_h, grad_head, logged = objective(h.detach(), head, y.flatten(0, 1), scale, c, m, teacher_out)
-    roots = [h]
-    grads = [grad_h]
-    if phase.bag_size > 1:
-        logged["bag_loss"] = logged.pop("loss")
-    if c.mtp_weight:  # plain cross-entropy, with or without a teacher, on top of the loss
-        after_next = F.pad(y[:, 1:], (0, 0, 0, 1), value=-1).flatten(0, 1)
-        h_mtp = norm(F.linear(h, p["mtp"][0].to(h.dtype)))
-        grad_mtp, grad, sums = objective(h_mtp.detach(), head, after_next, c.mtp_weight * scale, c, m)
-        roots.append(h_mtp)
-        grads.append(grad_mtp)
-        grad_head += grad
-        logged["mtp"] = sums["loss"]
-    torch.autograd.backward(roots, grads)
-    grad_head = grad_head[: c.vocab_size]
-    p["lm_head"].grad = grad_head if p["lm_head"].grad is None else p["lm_head"].grad + grad_head
-    return {name: value / n_targets for name, value in logged.items()}
 
 
 # ---- optimizer ---------------------------------------------------------------------------------------------
@@ -818,9 +684,9 @@ def orthogonalize(g, dtype):
     tall = g.size(-2) > g.size(-1)
     x = g.mT if tall else g
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)).to(dtype)
-    for a, b, c in POLAR_EXPRESS:
+    for c1, c3, c5 in POLAR_EXPRESS:  # c1 x + c3 (x x^T) x + c5 (x x^T)^2 x
         A = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=b, alpha=c), x, beta=a)
+        x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=c3, alpha=c5), x, beta=c1)
     return (x.mT if tall else x).to(g.dtype)
 
 
@@ -841,13 +707,13 @@ def muon_update(w, grad, momentum_buffer, second_moment, lr, wd, momentum, beta2
     w.sub_(scale * g + lr * wd * w * (g * w > 0))
 
 
-def adamw_update(w, grad, m1, m2, lr, wd, beta1, beta2, step, eps=1e-10):
+def adamw_update(w, grad, first, second, lr, wd, beta1, beta2, step, eps=1e-10):
     """One AdamW step (1711.05101), in place. step counts from 0."""
-    m1.lerp_(grad, 1 - beta1)
-    m2.lerp_(grad.square(), 1 - beta2)
-    m1_unbiased = m1 / (1 - beta1 ** (step + 1))
-    m2_unbiased = m2 / (1 - beta2 ** (step + 1))
-    w.mul_(1 - lr * wd).sub_(lr * m1_unbiased / (m2_unbiased.sqrt() + eps))
+    first.lerp_(grad, 1 - beta1)
+    second.lerp_(grad.square(), 1 - beta2)
+    first_unbiased = first / (1 - beta1 ** (step + 1))
+    second_unbiased = second / (1 - beta2 ** (step + 1))
+    w.mul_(1 - lr * wd).sub_(lr * first_unbiased / (second_unbiased.sqrt() + eps))
 
 
 class MuonAdamW:
@@ -982,18 +848,6 @@ def pad_items(x, n):
 
 # ---- batches, and the look-ups that stand beside each token ------------------------------------------------
 
-NO_TOKEN = 65535  # where a look-up finds nothing; no token has this id
-
-
-def lengths(text):
-    """The n-gram lengths of c.recall or c.memory."""
-    return [int(n) for n in text.split(",") if n]
-
-
-def n_lookups(c):
-    """How many tokens the model reads beside each."""
-    return len(lengths(c.recall)) + len(lengths(c.memory))
-
 
 class Streams:
     """Independent streams of ids [n_streams, length], laid end to end, and what look-ups need of them."""
@@ -1041,7 +895,7 @@ class Lookup:
         place = np.arange(len(train_tokens) - 1)
         for n in lengths(c.memory):
             # Nothing follows the last token. N-grams across a document's boundary are indexed, too, but hold
-            # a BOS inside, as no query does.
+            # a BOS inside, which no query does.
             ngram = streams.ngrams(n)[:-1]
             order = np.argsort(ngram, kind="stable")
             ngram = ngram[order]
@@ -1052,11 +906,11 @@ class Lookup:
             self.index.append((order, ngram, document, run_start))
 
     def training_inputs(self):
-        """Those of the training tokens, as one stream: uint16 [n, 1 + n_lookups(c)]."""
+        """Inputs for the training tokens, as one stream: uint16 [n, 1 + n_lookups(c)]."""
         return self.inputs(self.train_tokens[None], in_training=True)[0]
 
     def inputs(self, ids, in_training=False):
-        """Of streams of ids [n_streams, length]: uint16 [n_streams, length, 1 + n_lookups(c)]."""
+        """Inputs for streams of ids [n_streams, length]: uint16 [n_streams, length, 1 + n_lookups(c)]."""
         c = self.c
         if n_lookups(c) == 0:
             return ids[..., None]
@@ -1183,7 +1037,7 @@ class Batches:
         self.pinned = m.device.type == "cuda"
         self.next_step = None
         self.next_batch = None
-        self.bags = self.plain
+        self.bags = self.plain  # so that epochs_done() works without bags, too
         if self.n_bag_steps:
             self.bags = Loader(inputs, c, m.rank, m.world_size, c.bag_size)
 
@@ -1193,7 +1047,7 @@ class Batches:
         return (step + 0.5) / self.steps
 
     def batch(self, step):
-        """As Loader.batch."""
+        """Same as Loader.batch."""
         if step == self.next_step:
             return self.next_batch
         if step < self.n_bag_steps:
@@ -1210,7 +1064,7 @@ class Batches:
         self.next_batch = self.batch(step)
         self.next_step = step
 
-    def epoch(self, step):
+    def epochs_done(self, step):
         """Passes over the budget in the first `step` steps."""
         in_bags = min(step, self.n_bag_steps)
         in_singles = step - in_bags
@@ -1232,7 +1086,7 @@ class PlannedModel:
     c: Config
     batches: Batches
     teachers: list  # the PlannedModels that it learns from
-    name: str  # in the log, with a space behind it; empty where a run has only one
+    name: str  # in the log, with a trailing space; empty where a run has only one
 
     def phase_flops(self, phase):
         """FLOPs of a step. A backward pass costs two forward passes, a teacher one. One teacher is used at a
@@ -1259,7 +1113,8 @@ class PlannedModel:
 
 
 def training_plan(c, inputs, m, steps=None):
-    """The PlannedModels of a run, in order. inputs: of Lookup.training_inputs."""
+    """The PlannedModels of a run, in order. inputs: from Lookup.training_inputs. steps: at most so many
+    for each model (--steps)."""
     plan = []
     for k, c_model in enumerate(model_configs(c)):
         if k == c.members:  # the student
@@ -1273,9 +1128,81 @@ def training_plan(c, inputs, m, steps=None):
     return plan
 
 
-def plan_without_data(c, m, steps=None):
-    """The training plan for one made-up document as long as the budget, which takes no memory."""
-    return training_plan(c, np.broadcast_to(np.uint16(0), (c.train_tokens, 1 + n_lookups(c))), m, steps)
+@contextlib.contextmanager
+def step_weights(p, c, m):
+    """What the passes of one optimizer step get as p: its stacked weights are in the dtype of the matrix
+    products already, with IHA applied. That is done once and not in every pass. A hook adds up their
+    gradients in float32, and p[name].grad gets them after the last pass, those of the mixing matrices too."""
+
+    def mixed_attention():
+        layers = zip(p["attn"], p["iha"], strict=True)
+        qkv = torch.stack([mix_heads(w[:3], iha) for w, iha in layers])
+        return torch.cat([qkv, p["attn"][:, 3:]], dim=1)
+
+    grads = {}
+
+    def add_up(name, w):
+        if name in grads:
+            grads[name] += w.grad
+        else:
+            grads[name] = w.grad.float()
+        w.grad = None
+
+    weights = dict(p)
+    if c.iha:
+        del weights["iha"]
+        with torch.no_grad():
+            weights["attn"] = mixed_attention()
+    for name, entry in param_table(c).items():
+        if entry.n_stack and name in weights:
+            weights[name] = weights[name].detach().to(m.dtype).requires_grad_()
+            weights[name].register_post_accumulate_grad_hook(functools.partial(add_up, name))
+    yield weights
+    if c.iha:
+        mixed_attention().backward(grads.pop("attn"))  # mixed again: until now that would have taken memory
+    for name, grad in grads.items():
+        p[name].grad = grad
+
+
+def train_pass(p, x, y, n_targets, c, m, phase, seed, teacher=None):
+    """Forward and backward of one micro-batch. p: from step_weights, which adds up the gradients. x, y: from
+    Loader.batch. n_targets: of the whole batch, over which the losses are averaged. teacher: (Config,
+    weights). Returns the logged losses.
+
+    A new term of hidden states or weights: append it to `roots` and its gradient to `grads`, divided by
+    n_targets, for gradients are summed over passes and ranks; what is logged is divided below."""
+    # Dropout depends only on the seed, the step, the rank and the micro-batch, so a resumed run repeats it.
+    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    x = x.to(m.device, non_blocking=True)
+    y = y.to(m.device, non_blocking=True)
+    teacher_out = None
+    if teacher and phase.bag_size == 1:  # the teacher predicts single tokens, so it sits out the bags
+        c_teacher, p_teacher = teacher
+        with torch.no_grad():
+            h = forward(p_teacher, x, c_teacher, m, phase_schedule(1.0, c_teacher), run_block=m.block)
+        teacher_out = h.flatten(0, 1), low_precision_head(p_teacher["lm_head"], m.dtype)
+    h = forward(p, x, c, m, phase, c.dropout, m.block).flatten(0, 1)
+    # The backward pass has two parts: objective() goes back through the loss and the head, whose gradient is
+    # added by hand below; from h on, autograd takes over.
+    head = low_precision_head(p["lm_head"].detach(), m.dtype)
+    scale = torch.tensor(1 / n_targets, device=m.device)
+    grad_h, grad_head, logged = objective(h.detach(), head, y.flatten(0, 1), scale, c, m, teacher_out)
+    roots = [h]
+    grads = [grad_h]
+    if phase.bag_size > 1:
+        logged["bag_loss"] = logged.pop("loss")
+    if c.mtp_weight:  # plain cross-entropy, with or without a teacher, on top of the loss
+        after_next = F.pad(y[:, 1:], (0, 0, 0, 1), value=-1).flatten(0, 1)
+        h_mtp = norm(F.linear(h, p["mtp"][0].to(h.dtype)))
+        grad_mtp, grad, sums = objective(h_mtp.detach(), head, after_next, c.mtp_weight * scale, c, m)
+        roots.append(h_mtp)
+        grads.append(grad_mtp)
+        grad_head += grad
+        logged["mtp"] = sums["loss"]
+    torch.autograd.backward(roots, grads)
+    grad_head = grad_head[: c.vocab_size]
+    p["lm_head"].grad = grad_head if p["lm_head"].grad is None else p["lm_head"].grad + grad_head
+    return {name: value / n_targets for name, value in logged.items()}
 
 
 def first_weights(run, model):
@@ -1293,7 +1220,7 @@ def first_weights(run, model):
 
 def load_teacher(run, model, step):
     """(Config, weights) of the model to learn from. A student takes turns with its teachers: that costs what
-    one teacher costs, and in the mean its gradient is that of their mean probability."""
+    one teacher costs, and on average its gradient is that of their mean probability."""
     turn = step // model.c.teacher_switch_every
     teacher = model.teachers[turn % len(model.teachers)]
     return teacher.c, load_weights(run.folder, teacher.number, teacher.c, run.m)
@@ -1305,11 +1232,11 @@ def train_step(p, optimizer, model, step, m, teacher):
     done = model.batches.done(step)
     x, y, n_targets = model.batches.batch(step)
     rows = c.device_tokens // c.seq_len
+    phase = model.batches.phases[step]
     losses = {}
     with step_weights(p, c, m) as weights:
         for i, (x_part, y_part) in enumerate(zip(x.split(rows), y.split(rows), strict=True)):
             seed = (c.seed, step, m.rank, i)
-            phase = model.batches.phases[step]
             part = train_pass(weights, x_part, y_part, n_targets, c, m, phase, seed, teacher)
             losses = {name: losses.get(name, 0.0) + value for name, value in part.items()}
     optimizer.step(step, lr_schedule(done, c), wd_schedule(done, c), momentum_schedule(done, c))
@@ -1354,7 +1281,7 @@ def train_model(run, model, shards, saver):
     return optimizer.whole(ema) if ema else p
 
 
-# ---- scoring, and the text that a model writes -------------------------------------------------------------
+# ---- scoring -----------------------------------------------------------------------------------------------
 
 
 def scoring_windows(length, c):
@@ -1376,7 +1303,7 @@ def scoring_windows(length, c):
 @torch.no_grad()
 def stream_nll(p, inputs, c, m):
     """Negative log-likelihood in nats of every token of independent streams, float32 [n_streams, length] on
-    every rank. inputs: of Lookup, [n_streams, length, 1 + n_lookups(c)]. The first token of a stream has no
+    every rank. inputs: from Lookup, [n_streams, length, 1 + n_lookups(c)]. The first token of a stream has no
     context and gets 0."""
     n_streams, length, _ = inputs.shape
     phase = phase_schedule(1.0, c)
@@ -1417,7 +1344,7 @@ def scored_models(c):
 
 def add_model(total, nll):
     """total: -log of the sum of the probabilities of the models so far (np.inf: of none). Returns it with one
-    model more. That of the mean over n models is log(n) higher."""
+    model added. For the mean over n models, add log(n)."""
     return -np.logaddexp(-total, -nll.astype(np.float64))
 
 
@@ -1441,44 +1368,6 @@ def run_nll(folder, inputs, c, m, show=None):
 def mean_nll(nll):
     """Nats per scored token of [n_streams, length]: the first of each stream is not scored."""
     return float(nll[:, 1:].sum(dtype=np.float64) / max(1, nll[:, 1:].size))
-
-
-def evaluation_inputs(inputs, c):
-    """c.eval_windows windows of seq_len tokens, spread evenly over a stream's inputs [length, 1 +
-    n_lookups(c)]: [n, seq_len + 1, ...]. Scored as streams of their own, they get what consecutive windows of
-    the whole stream get."""
-    T = min(c.seq_len, len(inputs) - 1)
-    starts = np.arange(0, len(inputs) - T, T)
-    chosen = np.linspace(0, len(starts) - 1, min(c.eval_windows, len(starts))).round().astype(int)
-    return np.stack([inputs[start : start + T + 1] for start in starts[chosen]])
-
-
-@torch.no_grad()
-def sample(folder, c, m, lookup, prompt, n_tokens, temperature=0.8, top_p=0.95):
-    """Token ids that the run's models write after the ids `prompt`, which begin with a BOS. The most likely
-    tokens that together have a share of top_p are drawn from. The context is computed again for each: slow,
-    but simple.
-
-    What c.recall would find is hidden from the model. Once it repeats itself, every length of n-gram agrees
-    on how to go on, which in real text is right nearly always: it would never leave the loop."""
-    scored = [(c_model, load_weights(folder, number, c_model, m)) for number, c_model in scored_models(c)]
-    g = torch.Generator().manual_seed(c.seed)
-    ids = list(prompt)
-    for _ in range(n_tokens):
-        inputs = lookup.inputs(np.array([ids], dtype=np.uint16))
-        inputs[..., 1 : 1 + len(lengths(c.recall))] = NO_TOKEN
-        mean = 0
-        for c_model, p in scored:
-            x = torch.from_numpy(inputs[:, -c_model.seq_len :].astype(np.int64)).to(m.device)
-            h = forward(p, x, c_model, m, phase_schedule(1.0, c_model))
-            logits = head_logits(h[0, -1], p["lm_head"].to(h.dtype), c_model)
-            mean = mean + logits.softmax(-1).cpu() / len(scored)
-        probs, order = (mean.log() / temperature).softmax(-1).sort(descending=True)
-        probs[probs.cumsum(0) - probs >= top_p] = 0
-        ids.append(int(order[torch.multinomial(probs, 1, generator=g)]))
-        if ids[-1] == c.bos_id:
-            break
-    return ids[len(prompt) :]
 
 
 # ============================================================================================================
@@ -1584,24 +1473,34 @@ def setup_machine(c, args):
 
 
 def choose_attention(m, c, wanted):
-    """The first of varlen flash attention, FlexAttention and SDPA that works here, forward and backward."""
-    available = ("varlen", "flex", "sdpa") if m.device.type == "cuda" else ("sdpa",)
+    """The first that works here, forward and backward: varlen attention with the kernels of FlashAttention 3
+    (a package of its own, for Hopper) or with PyTorch's, FlexAttention, SDPA."""
+    available = ("fa3", "varlen", "flex", "sdpa") if m.device.type == "cuda" else ("sdpa",)
     require(wanted in ("auto", *available), f"--attention {wanted}: needs a GPU; use --attention sdpa")
     failures = []
     for name in available if wanted == "auto" else (wanted,):
+        m.attention = "varlen" if name == "fa3" else name
         try:
-            shape = (2, 128, c.n_head, c.n_embd // c.n_head)
-            q = torch.randn(shape, device=m.device, dtype=m.dtype, requires_grad=True)
-            starts = torch.zeros(2, 128, dtype=torch.bool, device=m.device)
-            masks = attention_masks(starts, [64], name, m.dtype)
-            attention(q, q, q, masks[64], name).sum().backward()
+            if name == "fa3":
+                torch.nn.attention.activate_flash_attention_impl("FA3")
+            try_attention(m, c)
         except Exception as e:  # whatever a missing or refusing kernel raises: the reason goes to the log
             failures.append(f"{name} does not work here: {first_line(e)}")
+            if torch.nn.attention.current_flash_attention_impl():
+                torch.nn.attention.restore_flash_attention_impl()
             continue
-        m.attention = name
         m.reasons["attention"] = f"{name} ({'; '.join(failures) or 'the best that works here'})"
         return
     raise UserError(f"--attention {wanted}: {'; '.join(failures)}")
+
+
+def try_attention(m, c):
+    """Raises where m.attention does not work."""
+    shape = (2, 128, c.n_head, c.n_embd // c.n_head)
+    q = torch.randn(shape, device=m.device, dtype=m.dtype, requires_grad=True)
+    starts = torch.zeros(2, 128, dtype=torch.bool, device=m.device)
+    masks = attention_masks(starts, [64], m.attention, m.dtype)
+    attention(q, q, q, masks[64], m.attention).sum().backward()
 
 
 # On a CPU, compiling takes about a minute, and steps are then 1.1 to 1.5 times as fast: a training of a few
@@ -2104,7 +2003,7 @@ def load_shards(folder, names, optimizer, ema):
 # by the numbers that dropout draws.
 PLACE_OPTIONS = ("data", "device_tokens", "loss_chunk")
 # Chosen at the start, kept on resume.
-RUNTIME_CHOICES = dict(device="auto cpu cuda", attention="auto varlen flex sdpa", compile="auto on off")
+RUNTIME_CHOICES = dict(device="auto cpu cuda", attention="auto fa3 varlen flex sdpa", compile="auto on off")
 RUNTIME_OPTIONS = ("steps", *RUNTIME_CHOICES)
 
 
@@ -2385,7 +2284,7 @@ class Monitor:
         speed = (step + 1 - self.first_step) * c.batch_tokens / seconds
         left = self.flops_left * seconds_per_flop  # of the whole run's training, at the speed so far
         times = f"tok/s {speed:.0f} time {run.progress['seconds']:.1f}s left {left:.0f}s"
-        epoch = model.batches.epoch(step + 1)
+        epoch = model.batches.epochs_done(step + 1)
         line = f"{where} epoch {epoch:.3f} {terms} lr {lr:.5f} {times}"
         run.log(line, pause=0.0 if step + 1 == n_steps else 2.0)
         if step + 1 == self.first_step + 100:  # now the speed is known: will the run end in the track's time?
@@ -2405,6 +2304,16 @@ class Monitor:
         if stop:
             self.saver.wait()
             raise stopped(run, f"stopped at {where} and saved")
+
+
+def evaluation_inputs(inputs, c):
+    """c.eval_windows windows of seq_len tokens, spread evenly over a stream's inputs [length, 1 +
+    n_lookups(c)]: [n, seq_len + 1, ...]. Scored as streams of their own, they get what consecutive windows of
+    the whole stream get."""
+    T = min(c.seq_len, len(inputs) - 1)
+    starts = np.arange(0, len(inputs) - T, T)
+    chosen = np.linspace(0, len(starts) - 1, min(c.eval_windows, len(starts))).round().astype(int)
+    return np.stack([inputs[start : start + T + 1] for start in starts[chosen]])
 
 
 def ask_referee(run, *options):
@@ -2542,6 +2451,11 @@ def compile_failure(e):
     quoted = re.search(r"^.*\berror: .*$", str(e), re.MULTILINE)
     its_own = f": {quoted[0].strip()[:300]}" if quoted else ""
     return f"the compiler failed, {first_line(e)}{its_own}"
+
+
+def plan_without_data(c, m, steps=None):
+    """The training plan for one made-up document as long as the budget, which takes no memory."""
+    return training_plan(c, np.broadcast_to(np.uint16(0), (c.train_tokens, 1 + n_lookups(c))), m, steps)
 
 
 def made_up_weights(model, m):
@@ -2867,6 +2781,34 @@ def sample_command(given, args):
     print(printable(encoding.decode([i for i in prompt + written if i != c.bos_id])))
 
 
+@torch.no_grad()
+def sample(folder, c, m, lookup, prompt, n_tokens, temperature=0.8, top_p=0.95):
+    """Token ids that the run's models write after the ids `prompt`, which begin with a BOS. The most likely
+    tokens that together have a share of top_p are drawn from. The context is computed again for each: slow,
+    but simple.
+
+    What c.recall would find is hidden from the model. Once it repeats itself, every length of n-gram agrees
+    on how to go on, which in real text is right nearly always: it would never leave the loop."""
+    scored = [(c_model, load_weights(folder, number, c_model, m)) for number, c_model in scored_models(c)]
+    g = torch.Generator().manual_seed(c.seed)
+    ids = list(prompt)
+    for _ in range(n_tokens):
+        inputs = lookup.inputs(np.array([ids], dtype=np.uint16))
+        inputs[..., 1 : 1 + len(lengths(c.recall))] = NO_TOKEN
+        mean = 0
+        for c_model, p in scored:
+            x = torch.from_numpy(inputs[:, -c_model.seq_len :].astype(np.int64)).to(m.device)
+            h = forward(p, x, c_model, m, phase_schedule(1.0, c_model))
+            logits = head_logits(h[0, -1], p["lm_head"].to(h.dtype), c_model)
+            mean = mean + logits.softmax(-1).cpu() / len(scored)
+        probs, order = (mean.log() / temperature).softmax(-1).sort(descending=True)
+        probs[probs.cumsum(0) - probs >= top_p] = 0
+        ids.append(int(order[torch.multinomial(probs, 1, generator=g)]))
+        if ids[-1] == c.bos_id:
+            break
+    return ids[len(prompt) :]
+
+
 def score_command(given, args):
     """--score RUN --tokens FILE --nll OUT.npy: the contract that a referee relies on."""
     require(
@@ -3022,6 +2964,85 @@ def stopped(run, where="stopped"):
 
 
 # ---- options -----------------------------------------------------------------------------------------------
+
+# Lowest and highest value of each number. Sizes end far beyond any use, so that no slip and no made-up
+# config.json asks for an absurd amount of memory. BELOW_1: a dropout of 1 would leave nothing, and a phase
+# that begins at 1 would never come.
+BELOW_1 = math.nextafter(1.0, 0.0)
+RANGES = (
+    ("n_layer n_head bag_size members chains", 1, 1000),
+    ("loop_first loop_last loop_times evals", 0, 1000),
+    ("n_embd window_short", 1, 2**16),
+    ("mlp_hidden seq_len loss_chunk", 1, 2**20),
+    ("batch_tokens device_tokens train_tokens eval_windows", 1, 2**29),
+    ("teacher_switch_every save_every cpu_threads", 1, 2**31),
+    ("seed score_stride", 0, 2**31),
+    ("vocab_size bos_id", 0, 2**16 - 1),
+    ("muon_lr embed_lr head_lr scalar_lr weight_decay mtp_weight", 0, 1e6),
+    ("warmup warmdown momentum_start momentum_warmup muon_momentum muon_beta2 distill_alpha", 0, 1),
+    ("dropout loop_from bag_until ema adam_beta1 adam_beta2", 0, BELOW_1),
+    ("softcap epochs distill_temp", 1e-6, 1e6),
+)
+
+
+def check_config(c):
+    """Refuse what cannot be trained, before anything is loaded. A new field needs no line here."""
+    for names, low, high in RANGES:
+        for name in names.split():
+            value = getattr(c, name)
+            require(low <= value <= high, f"--{name} {value}: must be from {low} to {high:.10g}")
+
+    def given(*names):
+        return " ".join(f"--{name} {getattr(c, name)}" for name in names)
+
+    loop_exists = c.loop_times == 0 or c.loop_first <= c.loop_last < c.n_layer
+    number = r"(\d+\.?\d*|\.\d+)"
+    well_formed_points = re.fullmatch(f"{number}:{number}(,{number}:{number})*", c.wd_points)
+    require(c.n_embd % (4 * c.n_head) == 0, f"{given('n_embd', 'n_head')}: heads need 4, 8, 12 ... channels")
+    require(c.batch_tokens % c.seq_len == 0, f"{given('batch_tokens', 'seq_len')}: choose a multiple")
+    require(c.device_tokens >= c.seq_len, f"{given('device_tokens', 'seq_len')}: must hold one sequence")
+    require(c.score_stride <= c.seq_len, f"{given('score_stride', 'seq_len')}: would leave tokens out")
+    require(c.train_tokens > c.bag_size, f"{given('train_tokens', 'bag_size')}: must be more than one bag")
+    require(re.fullmatch("[SL]+", c.window_pattern), f"{given('window_pattern')}: write it in S and L")
+    require(c.warmup + c.warmdown <= 1, f"{given('warmup', 'warmdown')}: together more than all of training")
+    require(c.members % c.chains == 0, f"{given('members', 'chains')}: choose a multiple")
+    require(loop_exists, f"{given('loop_first', 'loop_last')}: not a range of layers 0 to {c.n_layer - 1}")
+    require(c.dtype in ("auto", "bf16", "fp32"), f"{given('dtype')}: choose auto, bf16 or fp32")
+    for name in ("recall", "memory"):
+        well_formed = re.fullmatch(r"([1-9]\d{0,3}(,[1-9]\d{0,3}){0,99})?", getattr(c, name))
+        require(well_formed, f"{given(name)}: write up to 100 lengths with commas between, such as 4,8,16")
+    fractions = [fraction for fraction, _ in parse_wd_points(c)] if well_formed_points else []
+    rising = well_formed_points and fractions == sorted(fractions)
+    require(rising, f"{given('wd_points')}: write rising fraction:multiple pairs, such as 0:1,0.5:0.1,1:1.5")
+    if c.student:
+        student = model_configs(c)[-1]
+        require(student.distill_alpha > 0, f"{given('student')}: it learns nothing; add distill_alpha=0.5")
+        check_config(student)
+
+
+KINDS = {bool: "0 or 1", int: "a whole number", float: "a number", str: "one line of text"}
+BOOLS = {"0": False, "1": True, "false": False, "true": True}
+
+
+def parse_value(name, value):
+    """A value of the Config field `name`: of the field's type, or a string that holds one."""
+    kind = Config.__dataclass_fields__[name].type
+    fits = type(value) in (kind, str) or (kind is float and type(value) is int)
+    with contextlib.suppress(ValueError, OverflowError, KeyError):
+        if fits and str(value).isprintable():
+            return BOOLS[str(value).lower()] if kind is bool else kind(value)
+    raise UserError(f"--{name} {value}: must be {KINDS[kind]}")
+
+
+def make_config(given):
+    """The track's preset with the given values on top; without a track, the small recipe."""
+    track = given.get("track", "pocket")
+    require(track in PRESETS, f"--track {track}: choose one of {', '.join(PRESETS)}")
+    preset = PRESETS[track] if "track" in given else SMALL
+    values = preset | {"track": track} | given
+    c = Config(**{name: parse_value(name, value) for name, value in values.items()})
+    check_config(c)
+    return c
 
 
 def parse_path(name, value):

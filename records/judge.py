@@ -164,7 +164,7 @@ def next_steps(run, rules, standing, faults):
     if standing:
         lines.append(f"  python records/leaderboard.py compare {name}")
     lines.append(f"  python records/audit.py {name}")
-    lines.append(f"  python train_gpt.py --sample {name} --prompt 'def '")
+    lines.append(f"  python train_gpt.py --sample {name}")
     if not faults:
         others = " RUN_OF_ANOTHER_SEED" * (seeds_wanted(rules, today()) - 1)
         lines.append(f"  python records/leaderboard.py submit {name}{others} --slug NAME --note NOTE.md")

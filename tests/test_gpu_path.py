@@ -240,6 +240,48 @@ def test_scoring_with_varlen_attention(exact, varlen_on_a_cpu, length, stride):
     np.testing.assert_allclose(nll["varlen"], nll["sdpa"], **EXACT)
 
 
+# ---- which attention
+
+
+@pytest.mark.parametrize(
+    ("wanted", "broken", "chosen", "reason", "activated"),
+    [
+        ("auto", {}, "varlen", "fa3 (the best that works here)", True),
+        ("auto", {"package"}, "varlen", "varlen (fa3 does not work here: ImportError: no package)", False),
+        ("auto", {"fa3"}, "varlen", "varlen (fa3 does not work here: RuntimeError: no kernel)", False),
+        ("auto", {"package", "varlen"}, "flex", "varlen does not work here: RuntimeError: no kernel)", False),
+        ("varlen", {}, "varlen", "varlen (the best that works here)", False),
+        ("fa3", {}, "varlen", "fa3 (the best that works here)", True),
+    ],
+)
+def test_flash_attention_3_where_it_is_installed(monkeypatch, wanted, broken, chosen, reason, activated):
+    """A kernel that fails its trial leaves nothing behind: the next one is tried without it."""
+    active = []
+
+    def activate(name):
+        if "package" in broken:
+            raise ImportError("no package")
+        active.append(name)
+
+    def trial(m, c):
+        if ("fa3" if active else m.attention) in broken:
+            raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", activate)
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: (active or [None])[0])
+    monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", active.clear)
+    monkeypatch.setattr(t, "try_attention", trial)
+    m = t.Machine(torch.device("cuda"), torch.bfloat16)
+    t.choose_attention(m, config(), wanted)
+    assert m.attention == chosen and m.reasons["attention"].endswith(reason)
+    assert active == (["FA3"] if activated else [])
+
+
+def test_names_of_flash_attention_3_exist_in_this_pytorch():
+    assert "FA3" in torch.nn.attention.list_flash_attention_impls()
+    assert torch.nn.attention.current_flash_attention_impl() is None
+
+
 # ---- FlexAttention, whose backward pass needs a GPU
 
 
