@@ -191,22 +191,24 @@ FINEWEB = (
     TWO_TARGETS
     | dict(data="fineweb", train_tokens=100_000_000, seq_len=2048, window_short=1024, ema=0.995, dropout=0.1)
     | dict(batch_tokens=524_288, device_tokens=16_384, loss_chunk=4096)
-    | dict(embed_lr=0.15, head_lr=0.001, warmup=0.0, evals=12, eval_windows=512, save_every=500)
+    | dict(warmup=0.0, evals=12, eval_windows=512, save_every=500)
 )
 SHALLOW = (
     FINEWEB
     | dict(n_layer=16, n_embd=1024, n_head=8, mlp_hidden=2816, device_tokens=65_536)
+    | dict(muon_lr=0.032, embed_lr=0.12, head_lr=0.0008, ema=0.99)
     | dict(weight_decay=0.8, wd_points="0:1,0.125:1,0.5:0.125,1:1.5625")
 )
 DEEP = (
     FINEWEB
     | dict(n_layer=30, n_embd=1792, n_head=14, mlp_hidden=4864)
-    | dict(epochs=18, muon_lr=0.01, weight_decay=1.3, loop_first=15, loop_last=24, loop_times=2)
+    | dict(muon_lr=0.01, embed_lr=0.0375, head_lr=0.0005, scalar_lr=0.025, warmdown=0.2, softcap=10.0)
+    | dict(weight_decay=1.3, loop_first=15, loop_last=20)
 )
 
 # The recipe of each track's standing record, where there is one; the prose tracks have pocket's. The FineWeb
-# presets and mini's have not run on a GPU yet: their shapes follow Slowrun's published scripts, their rates
-# are this script's.
+# presets and mini's have not run on a GPU yet. The former follow Slowrun's published scripts; where they
+# differ, records/transfer.md says why.
 PRESETS = {
     "pocket": POCKET | dict(epochs=5.7, evals=4),
     "pocket_unlimited": POCKET | dict(epochs=6.0, members=3, distill_alpha=0.4),
@@ -219,11 +221,11 @@ PRESETS = {
     | dict(epochs=10, weight_decay=0.8, eval_windows=256, save_every=500),
     "solo": SHALLOW | dict(epochs=12),
     "tiny": SHALLOW | dict(epochs=12.5),
-    "limited": DEEP | dict(epochs=11, loop_last=20, loop_times=1, loop_from=0.64),
-    "two_hour": DEEP | dict(device_tokens=8192),
+    "limited": DEEP | dict(epochs=11, loop_times=1, loop_from=0.64),
+    "two_hour": DEEP | dict(epochs=21, loop_times=2, loop_from=0.59, device_tokens=8192),
     "unlimited": DEEP
     | dict(n_embd=2048, n_head=16, mlp_hidden=5632, device_tokens=4096)
-    | dict(loop_times=4, members=8, distill_alpha=0.4),
+    | dict(epochs=18, loop_last=24, loop_times=4, members=8, distill_alpha=0.4),
 }
 
 
