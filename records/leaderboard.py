@@ -65,7 +65,7 @@ def rerun_command(args):
     found = False
     for path in args.records:
         folder = record_folder(path)
-        faults = verify_record(folder) or rerun(folder, args.seconds, args.keep)
+        faults = verify_record(folder, rerun=False) or rerun(folder, args.seconds, args.keep)
         found = found or bool(faults)
         for fault in faults:
             print(fault, flush=True)

@@ -158,11 +158,12 @@ def same(a, b, digits=None):
     return abs(a - b) <= 0.5001 * 10**-digits
 
 
-def verify_record(folder, root=ROOT, tested=True, better=True):
+def verify_record(folder, root=ROOT, tested=True, better=True, rerun=True):
     """Recompute all that a record claims from its files. Returns the faults.
 
     tested: its test stream has been scored. submit verifies a record once before that, in a folder of another
-    name. better: it also beats the record that stood before it.
+    name. better: it also beats the record that stood before it. rerun: its rerun.json holds, too; a new rerun
+    replaces that file.
     """
     folder = Path(folder)
     faults = Faults(folder, root)
@@ -196,7 +197,7 @@ def verify_record(folder, root=ROOT, tested=True, better=True):
     if None not in configs:
         verify_recipes(faults, record["runs"], configs)
     verify_number_of_seeds(faults, record, tracks["tracks"][track])
-    if (folder / "rerun.json").exists():
+    if rerun and (folder / "rerun.json").exists():
         verify_rerun(faults, folder, record, configs[0] or {}, tracks)
     if better and not faults and not is_overtaken(root, folder):
         verify_better(faults, folder, tracks, root)

@@ -1,6 +1,8 @@
 """The referee's desk on records of a tiny run: what is honest verifies, what was tampered with is named."""
 
+import argparse
 import datetime
+import functools
 import hashlib
 import json
 import os
@@ -20,6 +22,7 @@ import board
 import compare
 import efficiency
 import judge
+import leaderboard
 import reading
 import rerun
 import smoke
@@ -511,6 +514,17 @@ def test_a_rerun_that_is_damaged(rerun_json, text):
     root, folder, _ = rerun_json
     (folder / "rerun.json").write_text(text)
     assert "rerun.json: damaged or incomplete" in faults_of(root, folder)
+
+
+def test_a_new_rerun_replaces_a_damaged_one(rerun_json, monkeypatch):
+    root, folder, _ = rerun_json
+    (folder / "rerun.json").write_text("[]")
+    again = []
+    monkeypatch.setattr(leaderboard, "record_folder", lambda path: path)
+    monkeypatch.setattr(leaderboard, "verify_record", functools.partial(verify.verify_record, root=root))
+    monkeypatch.setattr(leaderboard, "rerun", lambda folder, *rest: again.append(folder) or [])
+    assert not leaderboard.rerun_command(argparse.Namespace(records=[folder], seconds=1, keep=None))
+    assert again == [folder]
 
 
 def test_a_record_that_is_scaled_as_a_whole(rerun_json):
