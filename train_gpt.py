@@ -134,6 +134,7 @@ class Config:
     # same n-gram.
     recall: str = ""  # lengths to look up in the token's own document, such as 4,8,16
     memory: str = ""  # lengths to look up in the other training documents
+    grow_memory: bool = False  # in scoring, what they lack is looked up earlier in the stream
     # Looped layers: loop_first..loop_last run loop_times more, from the fraction loop_from of training on.
     loop_first: int = 0
     loop_last: int = 0
@@ -859,6 +860,7 @@ class Streams:
         starts = self.tokens == bos_id
         starts[:: streams.shape[1]] = True
         place = np.arange(len(self.tokens))
+        self.stream = (place // streams.shape[1]).astype(np.uint64)  # each token's stream
         self.document = np.cumsum(starts, dtype=np.uint64)  # each token's document
         begins = np.maximum.accumulate(np.where(starts, place, 0))
         self.offset = place - begins  # each token's position in its document
@@ -877,12 +879,36 @@ class Streams:
         before[n:] = self.running_sum[:-n]
         return (self.running_sum - before) * self.power
 
+    def earlier_documents(self, n):
+        """For each token, the place of the last occurrence, in an earlier document of its stream, of the
+        n-gram that ends there; -1: nowhere."""
+        ngram = self.ngrams(n) + self.stream * STREAM_CODE
+        order = np.argsort(ngram, kind="stable")
+        ngram = ngram[order]
+        before = run_starts(ngram, self.document[order]) - 1
+        whole = self.offset[order] >= n - 1  # no n-gram reaches back into another document
+        found = (before >= 0) & (ngram[before] == ngram) & whole & whole[before]
+        last = np.full(len(order), -1)
+        last[order[found]] = order[before[found]]
+        return last
+
+
+# Added to hashes as often as the number of a stream or document says: they then agree only within it.
+STREAM_CODE = np.uint64(0xD6E8FEB86659FD93)
+
+
+def run_starts(ngram, document):
+    """For n-grams in sorted order, where each one's run of equal n-grams in one document begins."""
+    begins = np.append(True, (ngram[1:] != ngram[:-1]) | (document[1:] != document[:-1]))
+    return np.maximum.accumulate(np.where(begins, np.arange(len(ngram)), 0))
+
 
 class Lookup:
     """Makes the model's inputs: each token, and beside it, for each length n of c.recall, the token that
     followed the last occurrence in the same document of the n tokens that end here; for each of c.memory the
     same from the training documents. Training tokens skip matches in their own document: unseen text has none
-    in memory, and a model that had seen them would trust memory too much. NO_TOKEN where there is no
+    in memory, and a model that had seen them would trust memory too much. In scoring, c.grow_memory adds the
+    documents that the stream has finished, for n-grams that training lacks. NO_TOKEN where there is no
     occurrence. Hard-wired induction (2401.12973) and retrieval (2112.04426): exact, without attention, as far
     back as the document goes, and never ahead."""
 
@@ -894,7 +920,6 @@ class Lookup:
         if not c.memory:
             return
         streams = Streams(train_tokens[None], c.bos_id)
-        place = np.arange(len(train_tokens) - 1)
         for n in lengths(c.memory):
             # Nothing follows the last token. N-grams across a document's boundary are indexed, too, but hold
             # a BOS inside, which no query does.
@@ -902,10 +927,7 @@ class Lookup:
             order = np.argsort(ngram, kind="stable")
             ngram = ngram[order]
             document = streams.document[order]
-            # Where a run of one n-gram in one document begins: the entry before it is of another document.
-            begins = np.append(True, (ngram[1:] != ngram[:-1]) | (document[1:] != document[:-1]))
-            run_start = np.maximum.accumulate(np.where(begins, place, 0))
-            self.index.append((order, ngram, document, run_start))
+            self.index.append((order, ngram, document, run_starts(ngram, document)))
 
     def training_inputs(self):
         """Inputs for the training tokens, as one stream: uint16 [n, 1 + n_lookups(c)]."""
@@ -921,7 +943,7 @@ class Lookup:
         columns[0] = streams.tokens
         recall = lengths(c.recall)
         for column, n in zip(columns[1:], recall, strict=False):
-            ngram = streams.ngrams(n) + streams.document * np.uint64(0xD6E8FEB86659FD93)
+            ngram = streams.ngrams(n) + streams.document * STREAM_CODE
             order = np.argsort(ngram, kind="stable")
             here = order[1:]
             before = order[:-1]
@@ -940,6 +962,10 @@ class Lookup:
                 match = np.where(own, run_start[match] - 1, match)
             found = (match >= 0) & (known[match] == ngram) & (streams.offset >= n - 1)
             column[found] = self.train_tokens[order[match[found]] + 1]
+            if c.grow_memory and not in_training:
+                last = streams.earlier_documents(n)
+                grown = (last >= 0) & ~found
+                column[grown] = streams.tokens[last[grown] + 1]
         return columns.T.reshape(*ids.shape, -1)
 
 

@@ -26,7 +26,7 @@ from reference import (
 
 pytestmark = pytest.mark.reference
 
-LOOK_UP = dict(recall="1,2", memory="1,2")
+LOOK_UP = dict(recall="1,2", memory="1,2", grow_memory=True)
 
 
 def forward(p, x, c, m, phase, **kwargs):
