@@ -207,13 +207,13 @@ DEEP = (
     | dict(weight_decay=1.3, loop_first=15, loop_last=20)
 )
 
-# The recipe of each track's standing record, where there is one; the prose tracks have pocket's. The FineWeb
+# The recipe of each track's standing record, where there is one; prose_unlimited has pocket's. The FineWeb
 # presets and mini's have not run on a GPU yet. The former follow Slowrun's published scripts; where they
 # differ, records/transfer.md says why.
 PRESETS = {
     "pocket": POCKET | dict(epochs=5.7, evals=4),
     "pocket_unlimited": POCKET | dict(epochs=6.0, members=3, distill_alpha=0.4),
-    "prose": POCKET | dict(data="prose", epochs=5.7, evals=4),
+    "prose": POCKET | dict(data="prose", epochs=5.7, evals=4, score_stride=0, grow_memory=True),
     "prose_unlimited": POCKET | dict(data="prose", epochs=6.0, members=3, distill_alpha=0.4),
     "mini": TWO_TARGETS
     | dict(data="mini", train_tokens=10_000_000, window_short=512, ema=0.995, dropout=0.1)
