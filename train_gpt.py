@@ -1416,7 +1416,7 @@ class Machine:
     world_size: int = 1
     attention: str = "sdpa"
     compiled: bool = False
-    # block() and chunk_grad() for training, compiled or as they stand; of set_compiled. Scoring runs block().
+    # block() and chunk_grad() for training, compiled or plain; set by set_compiled(). Scoring runs block().
     block: object = None
     chunk_grad: object = None
     reasons: dict = dataclasses.field(default_factory=dict)  # of each choice, for the log
@@ -1452,8 +1452,8 @@ def launched():
 
 
 def check_compiler_cache():
-    """Replace a TORCHINDUCTOR_CACHE_DIR that cannot be written by a temporary folder. PyTorch makes it with
-    the first backward pass, compiled or not, and would fail there."""
+    """If TORCHINDUCTOR_CACHE_DIR is not writable, use a temporary folder instead. PyTorch makes it with the
+    first backward pass, compiled or not, and would fail there."""
     path = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if not path:
         return
@@ -1531,8 +1531,8 @@ def try_attention(m, c):
     attention(q, q, q, masks[64], m.attention).sum().backward()
 
 
-# On a CPU, compiling takes about a minute, and steps are then 1.1 to 1.5 times as fast: a training of a few
-# minutes is over sooner without it.
+# On a CPU, compiling takes about a minute, and steps are then 1.1 to 1.5 times as fast: a training run of a
+# few minutes finishes sooner without it.
 COMPILE_FROM_FLOPS = 2e13
 
 
@@ -1637,6 +1637,8 @@ def read_file(path, limit, parse):
     except OSError as e:
         problem = e.strerror
     except Exception as e:
+        if is_out_of_memory(e):
+            raise
         problem = f"damaged, or of another version of this script ({first_line(e)})"
     raise UserError(f"{path}: {problem}")
 
@@ -1653,7 +1655,8 @@ def check_meta(meta):
     typed = {type(text) for text in texts} == {str} and {type(number) for number in numbers} == {int}
     in_range = typed and 0 <= bos_id < vocab_size <= NO_TOKEN and 0 < text_bytes < 2**40
     require(
-        in_range, "bos_id, vocab_size or text_bytes is not a whole number in its range, or a text is none"
+        in_range,
+        "bos_id, vocab_size or text_bytes is not a whole number in its range, or a name or sha256 is no text",
     )
     return meta
 
@@ -1729,13 +1732,13 @@ def check_ids(tokens, vocab_size):
 
 @contextlib.contextmanager
 def writing(path):
-    """A disk that is full, or may not be written, ends the run with a line that says what is left of it."""
+    """If the disk is full or not writable, end the run with a line that says what was saved."""
     try:
         yield
     except OSError as e:
-        remedy = "mend that, and start again"
+        remedy = "fix that, and start again"
         if saved(path.parent, INDEX_FILE):
-            remedy = f"what was saved is intact: mend that, and go on with --resume {path.parent}"
+            remedy = f"what was saved is intact: fix that, and go on with --resume {path.parent}"
         raise UserError(f"{path}: cannot be written ({e.strerror or e}); {remedy}", status=1) from None
 
 
@@ -1750,7 +1753,7 @@ def sync(file):
 
 
 def file_sha256(path):
-    """Of a file's bytes, as far as names of checkpoints state it: 16 hexadecimal digits."""
+    """The first 16 hexadecimal digits of a file's sha256, as the names of checkpoints have them."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
@@ -1953,7 +1956,7 @@ class Saver:
         remove_states(path.parent, [path, *before[-1:]], number_of(path))
 
     def wait(self):
-        """Until what was begun is on disk."""
+        """Wait until every save that was begun is on disk."""
         if self.shard:
             concurrent.futures.wait([self.shard])
             self.commit()
@@ -2024,6 +2027,8 @@ def load_shards(folder, names, optimizer, ema):
     try:
         optimizer.load_state_dict([load_tensors(folder / name) for name in names], ema)
     except Exception as e:  # under the right names, somebody may have put anything
+        if is_out_of_memory(e):
+            raise
         raise UserError(f"{folder}/{names[0]}: is not what config.json describes ({first_line(e)})") from None
 
 
@@ -2040,7 +2045,7 @@ def read_run(folder):
 
     def check(stored):
         if stored.pop("sha256") != json_sha256(stored):
-            raise ValueError("another content than its sha256 says")
+            raise ValueError("its content does not match its sha256")
         options = {name: stored[name] for name in (*RUNTIME_OPTIONS, "trial")}
         steps = options["steps"]
         known = all(options[name] in choices.split() for name, choices in RUNTIME_CHOICES.items())
@@ -2058,7 +2063,7 @@ def load_weights(folder, number, c, m):
     remedy = f"finish the run with --resume {folder}"
     require(paths, f"{folder}: lacks the weights of model {number + 1}; {remedy}")
     names = " and ".join(path.name for path in paths)
-    require(len(paths) == 1, f"{folder}: has {names}; remove what is not of this run")
+    require(len(paths) == 1, f"{folder}: has {names}; remove the files that are not this run's")
     stored = load_tensors(paths[0]) if not m.is_main or is_whole(paths[0]) else None
     try:
         p = stored["params"]
@@ -2181,7 +2186,7 @@ class Run:
     eval_inputs: np.ndarray  # of the windows that are evaluated during training
     log: Log
     metrics: Metrics
-    fit_seconds: float  # that --fit took, on no clock
+    fit_seconds: float  # spent in --fit, not counted on the clock
     # The model and step that come next; seconds on the track's clock and of compilation beside it; the
     # length of the log; the most ranks and threads that any part of the run had.
     progress: dict
@@ -2533,18 +2538,22 @@ FIT_STEPS = 3  # that are timed in each phase
 
 def measure_speed(plan, m):
     """Seconds per FLOP in the slowest phase of a plan whose tokens are made up."""
+    return max(slowest_phase(model, m) for model in distinct_models(plan))
+
+
+def slowest_phase(model, m):
+    """Seconds per FLOP in the slowest phase of a model."""
     slowest = 0.0
-    for model in distinct_models(plan):
-        p, teacher = made_up_weights(model, m)
-        optimizer = MuonAdamW(p, model.c, m)
-        for phase in sorted(set(model.batches.phases)):
-            step = model.batches.phases.index(phase)
-            for i in range(1 + FIT_STEPS):
-                losses = train_step(p, optimizer, model, step, m, teacher)
-                sum(losses.values()).item()  # waits for the device
-                if i == 0:  # the first one warms up
-                    began = time.monotonic()
-            slowest = max(slowest, (time.monotonic() - began) / FIT_STEPS / model.step_flops[step])
+    p, teacher = made_up_weights(model, m)
+    optimizer = MuonAdamW(p, model.c, m)
+    for phase in sorted(set(model.batches.phases)):
+        step = model.batches.phases.index(phase)
+        for i in range(1 + FIT_STEPS):
+            losses = train_step(p, optimizer, model, step, m, teacher)
+            sum(losses.values()).item()  # waits for the device
+            if i == 0:  # the first one warms up
+                began = time.monotonic()
+        slowest = max(slowest, (time.monotonic() - began) / FIT_STEPS / model.step_flops[step])
     return slowest
 
 
@@ -2641,13 +2650,13 @@ def with_expected_vocabulary(c):
 
 
 def dry_run(c, n_ranks):
-    """--dry_run: what a run would take on so many GPUs. Needs neither them nor the data."""
+    """--dry_run: what a run would take on that many GPUs. Needs neither them nor the data."""
     rules = read_rules(c.track)
     rows = c.batch_tokens // c.seq_len
     n_ranks = n_ranks or min(rules.get("max_ranks", 1), rows)
     require(
         n_ranks > 0 and rows % n_ranks == 0,
-        f"--dry_run {n_ranks}: {rows} sequences do not divide among so many",
+        f"--dry_run {n_ranks}: {rows} sequences cannot be divided evenly among that many",
     )
     c = with_expected_vocabulary(c)
     m = Machine(torch.device("cpu"), torch.float32 if c.dtype == "fp32" else torch.bfloat16, 0, n_ranks)
@@ -2673,11 +2682,11 @@ def dry_run(c, n_ranks):
         shard = shard_size(model, m)
         n_saves = (len(phases) - 1) // model.c.save_every
         copying = n_saves * shard * COPY_SECONDS_PER_GB
-        writing = shard * SAVE_SECONDS_PER_GB
+        writing_seconds = shard * SAVE_SECONDS_PER_GB
         print(
             f"  {n_saves} checkpoints of {shard * n_ranks:.1f} GB: each process copies {shard:.2f} GB of it,"
         )
-        print(f"    {copying:.1f} s in all, and writes that while it trains, {writing:.0f} s a time")
+        print(f"    {copying:.1f} s in all, and writes that while it trains, {writing_seconds:.0f} s a time")
         final = 4e-9 * n
         print(f"  final weights of {final:.1f} GB, written by the first: {final * SAVE_SECONDS_PER_GB:.0f} s")
     flops = sum(model.train_flops for model in plan)
@@ -2730,7 +2739,7 @@ def explain(e):
         return str(e) or "interrupted", 130
     if is_out_of_memory(e):
         size = re.search(r"allocate ([\d.,]+ \w+)", str(e))
-        what = f"out of memory, {size[1]} more could not be had" if size else "out of memory"
+        what = f"out of memory, {size[1]} more could not be allocated" if size else "out of memory"
         remedy = "lower --device_tokens or --loss_chunk, or else the model; --dry_run says what a run takes"
         return f"{what}: {remedy}", 1
     if isinstance(e, OSError):  # while reading: write_file and Log say themselves what they cannot write
@@ -2806,7 +2815,8 @@ def sample_command(given, args):
     encoding = from_prepare("get_encoding", meta["tokenizer"])
     prompt = [c.bos_id, *encoding.encode_ordinary(args.prompt or "")]
     written = sample(args.sample, c, m, lookup, prompt, args.length or 500)
-    print(printable(encoding.decode([i for i in prompt + written if i != c.bos_id])))
+    if m.is_main:
+        print(printable(encoding.decode([i for i in prompt + written if i != c.bos_id])))
 
 
 @torch.no_grad()
@@ -2940,7 +2950,7 @@ def check_machine(c, m, args):
             torch.cuda.init()
         except (RuntimeError, AssertionError) as e:  # a driver that is too old, or a PyTorch without CUDA
             reason = first_line(e)
-        message = f"--track {c.track}: needs a GPU, and torch can use none ({reason}); mend that"
+        message = f"--track {c.track}: needs a GPU, and torch can use none ({reason}); fix that"
         raise UserError(f"{message}, or add --device cpu to train on the CPU all the same")
     fits = m.device.type == "cpu" or m.attention != "sdpa" or args.attention == "sdpa"
     require(
@@ -3093,7 +3103,7 @@ def parse_args(argv):
     paths = (
         ("resume", "RUN", "continue a run that was stopped or killed"),
         ("score", "RUN", "score --tokens with a run's models, write --nll"),
-        ("sample", "RUN", "let a run's models write on after --prompt"),
+        ("sample", "RUN", "have a run's models continue --prompt"),
         ("tokens", "FILE", "a shard, or a .npy of uint16 [n_streams, length] of independent streams"),
         ("nll", "OUT.npy", "nats per token, in the shape of --tokens"),
         ("run_dir", "DIR", "folder of a new run [runs/TRACK_TIME_SEED]"),
@@ -3101,7 +3111,7 @@ def parse_args(argv):
     for name, metavar, text in paths:
         parse = functools.partial(parse_path, name)
         parser.add_argument(f"--{name}", type=parse, metavar=metavar, help=text)
-    gpus = "say what a run would take on so many GPUs (default: the track's number), and train nothing"
+    gpus = "say what a run would take on that many GPUs (default: the track's number), and train nothing"
     parser.add_argument("--dry_run", type=int, nargs="?", const=0, metavar="GPUS", help=gpus)
     parser.add_argument("--prompt", metavar="TEXT")
     parser.add_argument("--length", type=int, metavar="N", help="tokens that --sample writes at most [500]")
@@ -3170,7 +3180,9 @@ def check_combination(given, args):
         fits = getattr(args, name) in (None, False) or command == owner
         require(fits, f"--{name}: goes with {'a new run' if owner == 'train' else f'--{owner} RUN'}")
     require(not (args.fit and args.steps), "--fit: leave out --steps, which shortens a run, too")
-    require(args.steps is None or args.steps > 0, f"--steps {args.steps}: must be 1 or more")
+    for name in ("steps", "length"):
+        value = getattr(args, name)
+        require(value is None or value > 0, f"--{name} {value}: must be 1 or more")
 
 
 # ---- main --------------------------------------------------------------------------------------------------
@@ -3201,7 +3213,7 @@ def run_command(argv):
         if explained is None:
             raise
         message, status = explained
-        # What the user did, all ranks notice; what happened to a rank, it says itself.
+        # All ranks see a user's error, so one per machine prints it; a rank prints its own failures.
         if is_first_local or not isinstance(e, (UserError, KeyboardInterrupt)):
             print(f"{SCRIPT}: {message}", file=sys.stderr)
         sys.exit(status)

@@ -71,7 +71,7 @@ class Chain:
             self.stored = read_json(folder / "config.json")
             require_keys(self.stored, "config", "data", "steps", "sha256")
             if self.stored.pop("sha256") != json_sha256(self.stored):
-                raise ValueError("config.json has another content than its sha256 says")
+                raise ValueError("the content of config.json does not match its sha256")
             self.config = self.stored["config"]
             require_keys(self.config, "seed", "members", "chains", "student")
             check_numbers(self.config, "seed", "members")

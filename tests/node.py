@@ -200,7 +200,7 @@ def problems(machine):
     """Reasons why nothing can be measured here, one line each, with the remedy."""
     found = []
     if machine.broken:
-        found.append(f"nvidia-smi: {machine.broken}; mend the driver")
+        found.append(f"nvidia-smi: {machine.broken}; fix the driver")
     if machine.drivers and not machine.cuda:
         found.append("torch is built for CPUs alone: pip install -r requirements.txt in a new environment")
     elif machine.drivers and not machine.usable:
@@ -212,7 +212,7 @@ def problems(machine):
                 f"driver {driver}: too old for the CUDA {machine.cuda} of the installed torch; {remedy}"
             )
         else:
-            found.append(f"torch can use no GPU ({machine.error}): mend that first")
+            found.append(f"torch can use no GPU ({machine.error}): fix that first")
     for i, capability in enumerate(machine.capabilities):
         if float(capability) < 8.0:
             remedy = "rent an A100 (8.0), H100 or H200 (9.0), or newer"

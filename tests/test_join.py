@@ -258,7 +258,7 @@ def test_a_state_with_the_right_digest_and_odd_content(chains, tmp_path, call, c
         (unfinished, "not the folder of a finished run"),
         (without_config, "config.json: No such file"),
         (damaged_config, "damaged"),
-        (changed_config, "another content"),
+        (changed_config, "does not match its sha256"),
         (without_state, "no undamaged checkpoint"),
         (odd_state, "damaged"),
         (without_weights, "the weights of member 2 are missing or damaged"),
