@@ -20,6 +20,10 @@ from reading import ROOT, Refused, Score, read_log, read_tracks
 # The runs that this repository made to measure something. Their recipes are the ones that count.
 MEASURED = ("ablations", "baselines")
 
+# With fewer degrees of freedom no spread is stated: already with ten, its 95% interval reaches from 0.70 to
+# 1.75 times what was measured.
+FEWEST_DF = 10
+
 
 class Group(NamedTuple):
     """Runs of one recipe that differ in the seed alone. losses: {seed: loss in nats per token}.
@@ -46,8 +50,9 @@ def seed_groups(root, dataset):
     A recipe is a config without its seed, and the script that ran it. Records lend their seeds to recipes
     that MEASURED has, but make no group of their own: their authors could choose the seeds. Recipes without
     look-up inputs (option recall) do not count. Whether so small a model learns to copy by itself is a matter
-    of luck, which spreads its losses far, and every standing record has these inputs. Multi-token prediction
-    counts: the records use it, and it makes the pooled spread larger.
+    of luck, which spreads its losses far, and every standing record has these inputs. Nor do recipes on less
+    than a quarter of the budget: losses spread further on so little text. Multi-token prediction counts: the
+    records use it, and it makes the pooled spread larger.
     """
     found = {}
     for folder in (*MEASURED, *read_tracks(root)["tracks"]):
@@ -66,7 +71,8 @@ def seed_groups(root, dataset):
             recipe = json.dumps([log.source_sha256, log.config | {"seed": None}], sort_keys=True)
             if recipe not in found and folder in MEASURED:
                 name = path.relative_to(root / "records").as_posix()
-                found[recipe] = Group(name, {}, bool(log.config.get("recall")))
+                on_enough = log.config["train_tokens"] >= dataset["train_tokens"] / 4
+                found[recipe] = Group(name, {}, bool(log.config.get("recall")) and on_enough)
             if recipe in found:
                 # A record's own log may be among the measured ones, too.
                 found[recipe].losses.setdefault(seed, scores[-1].val_loss)
@@ -75,10 +81,11 @@ def seed_groups(root, dataset):
 
 
 def pooled(groups):
-    """(standard deviation in nats per token, its degrees of freedom) of all Groups that count, pooled."""
+    """(standard deviation in nats per token, its degrees of freedom) of all Groups that count, pooled; (0, 0)
+    where there are too few to tell."""
     counting = [group for group in groups if group.counts]
     df = sum(group.df for group in counting)
-    if df == 0:
+    if df < FEWEST_DF:
         return 0.0, 0
     return math.sqrt(sum(group.df * group.variance for group in counting) / df), df
 
@@ -92,11 +99,11 @@ def spread_command(args):
     groups = seed_groups(ROOT, dataset)
     for group in groups:
         losses = " ".join(f"{loss:.6f}" for _, loss in sorted(group.losses.items()))
-        note = "" if group.counts else "  does not count: no look-up inputs"
+        note = "" if group.counts else "  does not count: no look-up inputs, or too little text"
         print(f"{math.sqrt(group.variance):.4f}  {group.name}  {losses}{note}")
     sd, df = pooled(groups)
     if df == 0:
-        print(f"{args.dataset}: no recipe with {FEWEST_SEEDS} seeds; tracks.json states no spread")
+        print(f"{args.dataset}: too few recipes with {FEWEST_SEEDS} seeds; tracks.json states no spread")
         return False
     stated = (dataset.get("seed_sd"), dataset.get("seed_df"))
     found = (round(sd, 5), df)

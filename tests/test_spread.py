@@ -16,7 +16,7 @@ import spread
 
 pytestmark = pytest.mark.contract
 
-DATASET = {"sha256": {"val.bin": "0" * 64}}
+DATASET = {"sha256": {"val.bin": "0" * 64}, "train_tokens": 1000}
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def write_run(tmp_path):
         path = tmp_path / "records" / where
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = [
-            f"config {json.dumps({'recall': '2', 'seed': seed} | config)}",
+            f"config {json.dumps({'recall': '2', 'train_tokens': 250, 'seed': seed} | config)}",
             f"data {json.dumps({'sha256': {'val.bin': val}})}",
         ]
         if loss is not None:
@@ -85,13 +85,21 @@ def test_recipes_without_look_ups_do_not_count(write_run, tmp_path):
     write_three(write_run, "ablations/pocket/b", losses=(0.7, 0.8, 0.9), recall="")
     found = spread.seed_groups(tmp_path, DATASET)
     assert [group.counts for group in found] == [True, False]
-    assert spread.pooled(found) == (pytest.approx(0.01), 2)
+
+
+def test_recipes_on_little_text_do_not_count(write_run, tmp_path):
+    write_three(write_run, "ablations/pocket/a", train_tokens=249)
+    write_three(write_run, "ablations/pocket/b", train_tokens=250)
+    assert [group.counts for group in spread.seed_groups(tmp_path, DATASET)] == [False, True]
 
 
 def test_groups_are_pooled_by_their_degrees_of_freedom():
+    """Of those that count; no spread is told from too few."""
     two = spread.Group("a", {0: 0.7, 1: 0.71, 2: 0.72}, True)
-    four = spread.Group("b", {0: 0.7, 1: 0.7, 2: 0.7, 3: 0.7, 4: 0.7}, True)
-    assert spread.pooled([two, four]) == (pytest.approx(math.sqrt(2 * 1e-4 / 6)), 6)
+    eight = spread.Group("b", dict.fromkeys(range(9), 0.7), True)
+    other = spread.Group("c", {0: 0.7, 1: 0.8, 2: 0.9}, False)
+    assert spread.pooled([two, eight, other]) == (pytest.approx(math.sqrt(2 * 1e-4 / 10)), 10)
+    assert spread.pooled([two] * 4) == (0.0, 0)
     assert spread.pooled([]) == (0.0, 0)
 
 
