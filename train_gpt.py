@@ -882,7 +882,7 @@ class Streams:
     def earlier_documents(self, n):
         """For each token, the place of the last occurrence, in an earlier document of its stream, of the
         n-gram that ends there; -1: nowhere."""
-        ngram = self.ngrams(n) + self.stream * STREAM_CODE
+        ngram = self.ngrams(n) + self.stream * GROUP_CODE
         order = np.argsort(ngram, kind="stable")
         ngram = ngram[order]
         before = run_starts(ngram, self.document[order]) - 1
@@ -893,8 +893,8 @@ class Streams:
         return last
 
 
-# Added to hashes as often as the number of a stream or document says: they then agree only within it.
-STREAM_CODE = np.uint64(0xD6E8FEB86659FD93)
+# Times the number of a stream or document, added to hashes, which then agree only within it.
+GROUP_CODE = np.uint64(0xD6E8FEB86659FD93)
 
 
 def run_starts(ngram, document):
@@ -943,7 +943,7 @@ class Lookup:
         columns[0] = streams.tokens
         recall = lengths(c.recall)
         for column, n in zip(columns[1:], recall, strict=False):
-            ngram = streams.ngrams(n) + streams.document * STREAM_CODE
+            ngram = streams.ngrams(n) + streams.document * GROUP_CODE
             order = np.argsort(ngram, kind="stable")
             here = order[1:]
             before = order[:-1]
@@ -2127,10 +2127,9 @@ class Log:
                 self.file.truncate(length)
 
     def sync(self):
-        """Put on disk what was written so far. Returns its length in bytes."""
+        """Put on disk what was written so far."""
         with writing(self.path):
             sync(self.file.fileno())
-        return self.file.tell()
 
     def close(self):
         if self.file:
@@ -2321,8 +2320,8 @@ class Monitor:
         line = f"{where} epoch {epoch:.3f} {terms} lr {lr:.5f} {times}"
         run.log(line, pause=0.0 if step + 1 == n_steps else 2.0)
         if step + 1 == self.first_step + 100:  # now the speed is known: will the run end in the track's time?
-            left = seconds_left(run.plan[model.number :], step + 1, seconds_per_flop, m)
-            ask_referee(run, "--seconds", f"{run.seconds() + left:.0f}")
+            to_the_end = seconds_left(run.plan[model.number :], step + 1, seconds_per_flop, m)
+            ask_referee(run, "--seconds", f"{run.seconds() + to_the_end:.0f}")
         val_loss = None
         if step + 1 in self.eval_after:
             weights = optimizer.whole(ema) if ema else optimizer.p
