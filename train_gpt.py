@@ -39,6 +39,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import argparse
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -187,6 +188,7 @@ TWO_TARGETS = dict(mtp_weight=0.3, iha=True)
 SMALL = LOOK_UP | TWO_TARGETS | dict(n_layer=3, n_embd=96, mlp_hidden=256, weight_decay=0.25)
 
 POCKET = LOOK_UP | TWO_TARGETS | dict(ema=0.99, weight_decay=0.25, score_stride=256)
+PROSE = POCKET | dict(data="prose", epochs=5.7, evals=4, score_stride=0, grow_memory=True)
 
 FINEWEB = (
     TWO_TARGETS
@@ -207,14 +209,13 @@ DEEP = (
     | dict(weight_decay=1.3, loop_first=15, loop_last=20)
 )
 
-# The recipe of each track's standing record, where there is one; prose_unlimited has pocket's. The FineWeb
-# presets and mini's have not run on a GPU yet. The former follow Slowrun's published scripts; where they
-# differ, records/transfer.md says why.
+# The recipe of each track's standing record, where there is one. The FineWeb presets and mini's have not run
+# on a GPU yet. The former follow Slowrun's published scripts; records/transfer.md says where they differ.
 PRESETS = {
     "pocket": POCKET | dict(epochs=5.7, evals=4),
     "pocket_unlimited": POCKET | dict(epochs=6.0, members=3, distill_alpha=0.4),
-    "prose": POCKET | dict(data="prose", epochs=5.7, evals=4, score_stride=0, grow_memory=True),
-    "prose_unlimited": POCKET | dict(data="prose", epochs=6.0, members=3, distill_alpha=0.4),
+    "prose": PROSE,
+    "prose_unlimited": PROSE | dict(members=2, distill_alpha=0.4),
     "mini": TWO_TARGETS
     | dict(data="mini", train_tokens=10_000_000, window_short=512, ema=0.995, dropout=0.1)
     | dict(n_layer=12, n_embd=768, n_head=6, mlp_hidden=2112)
@@ -428,29 +429,37 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
 
-def attention_masks(starts, windows, impl, dtype):
+def to_device(x, m):
+    """A tensor of the CPU on this process's device. The process does not wait for what a GPU has yet to do,
+    as it would to copy from memory that is not pinned."""
+    if m.device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(m.device, non_blocking=True)
+
+
+def attention_masks(starts, windows, m):
     """Masks for attention(), by window size. The three implementations (varlen and flex on a GPU, sdpa
     anywhere) allow the same pairs: token i sees token j if j <= i, i - j < window, and no document begins
-    after j up to i. starts [B, T]: where one begins."""
+    after j up to i. starts [B, T]: where one begins; on the CPU, so that nothing waits for the device."""
     B, T = starts.shape
-    device = starts.device
-    if impl == "varlen":  # rows and documents are sequences of one long batch
+    if m.attention == "varlen":  # rows and documents are sequences of one long batch
         starts = starts.clone()
         starts[:, 0] = True
         firsts = starts.flatten().nonzero()[:, 0].int()
         # Padded to a power of two with empty sequences, so that the kernel nearly always sees one shape.
         # There is always one: it also ends the last document.
         room = 1 << max(B * T // 256, len(firsts)).bit_length()
-        cu_seqlens = F.pad(firsts, (0, room - len(firsts)), value=B * T)
+        cu_seqlens = to_device(F.pad(firsts, (0, room - len(firsts)), value=B * T), m)
         return {window: (cu_seqlens, window) for window in windows}
+    starts = to_device(starts, m)
     # Documents count from 1: with_block_before pads with zeros, which match none.
     document = starts.cumsum(1, dtype=torch.int32) + 1
-    if impl == "flex":
+    if m.attention == "flex":
 
         def allowed(window):
             return lambda b, h, i, j: (j <= i) & (i - j < window) & (document[b, i] == document[b, j])
 
-        return {w: flex.create_block_mask(allowed(w), B, None, T, T, device=device) for w in windows}
+        return {w: flex.create_block_mask(allowed(w), B, None, T, T, device=m.device) for w in windows}
     masks = {}
     for window in windows:
         # A short window goes in blocks: queries [B, blocks, window], keys [B, blocks, 2 * window].
@@ -461,11 +470,12 @@ def attention_masks(starts, windows, impl, dtype):
             document_q = document_k = document[:, None]
         n_q = document_q.size(2)
         n_k = document_k.size(2)
-        i = torch.arange(n_k - n_q, n_k, device=device)[:, None]
-        j = torch.arange(n_k, device=device)
+        i = torch.arange(n_k - n_q, n_k, device=m.device)[:, None]
+        j = torch.arange(n_k, device=m.device)
         forbidden = (j > i) | (i - j >= window) | (document_q[..., None] != document_k[:, :, None])
         # Added to the scores: SDPA would turn a mask of booleans into this again in every layer.
-        mask = torch.zeros(forbidden.shape, dtype=dtype, device=device).masked_fill_(forbidden, -math.inf)
+        mask = torch.zeros(forbidden.shape, dtype=m.dtype, device=m.device)
+        mask.masked_fill_(forbidden, -math.inf)
         masks[window] = mask.flatten(0, 1)[:, None]  # [B * blocks, 1, n_q, n_k]
     return masks
 
@@ -511,10 +521,13 @@ def mix_heads(w_qkv, iha):
     return torch.einsum("pij,pjdc->pidc", iha, heads).reshape(w_qkv.shape)
 
 
-def block(x, x0, w, cos, sin, mask, c, impl, dropout):
-    """One layer. x, x0 [B, T, D]; w: this layer's slice of every per-layer parameter."""
+def block(x, x0, skip, w, cos, sin, mask, c, impl, dropout):
+    """One layer. x, x0 [B, T, D]; skip: the output of the layer that mirrors this one, or None; w: this
+    layer's slice of every per-layer parameter."""
     B, T, D = x.shape
     H = c.n_head
+    if skip is not None:
+        x = x + w["skip"] * skip
     x = w["mix"][0] * x + w["mix"][1] * x0
     # attention
     h = norm(x)
@@ -544,33 +557,35 @@ def layer_window(c, i):
     return c.window_short if short else c.seq_len
 
 
+def document_starts(inputs, c, bag_size):
+    """Whether a document begins in each position, a token or a bag: [B, T] of inputs [B, T * bag_size, 1 +
+    n_lookups(c)]."""
+    return (inputs[..., 0] == c.bos_id).unflatten(1, (-1, bag_size)).any(2)
+
+
 def embed(p, inputs, c, bag_size):
-    """(vectors [B, T, D], where a document begins [B, T]) of inputs [B, T * bag_size, 1 + n_lookups(c)]."""
-    tokens = inputs[..., 0]
-    starts = tokens == c.bos_id
-    x = F.embedding(tokens, p["wte"])
+    """Vectors [B, T, D] of inputs [B, T * bag_size, 1 + n_lookups(c)]."""
+    x = F.embedding(inputs[..., 0], p["wte"])
     for k in range(n_lookups(c)):
         table = p["lookup"][k]  # NO_TOKEN, far beyond its end, becomes its last row
         x = x + F.embedding(inputs[..., 1 + k].clamp_max(len(table) - 1), table)
     if bag_size == 1:
-        return x, starts
+        return x
     # A bag is the mean over those of its tokens that belong to its last document.
-    starts = starts.unflatten(1, (-1, bag_size))
-    document = starts.cumsum(2)
+    document = (inputs[..., 0] == c.bos_id).unflatten(1, (-1, bag_size)).cumsum(2)
     in_last = (document == document[:, :, -1:])[..., None]
-    x = (x.unflatten(1, (-1, bag_size)) * in_last).sum(2) / in_last.sum(2)
-    return x, starts.any(2)
+    return (x.unflatten(1, (-1, bag_size)) * in_last).sum(2) / in_last.sum(2)
 
 
 def forward(p, inputs, c, m, phase, dropout=0.0, run_block=block):
     """Hidden states [B, T, D], normalized, ready for the head, of inputs [B, T * phase.bag_size, 1 +
-    n_lookups(c)] (see Lookup). run_block: block() or its compiled form; scoring comes in many shapes, not
-    worth compiling."""
-    x, starts = embed(p, inputs, c, phase.bag_size)
+    n_lookups(c)] (see Lookup) on the CPU. run_block: block() or its compiled form; scoring comes in many
+    shapes, not worth compiling."""
+    x = embed(p, to_device(inputs, m), c, phase.bag_size)
     T = x.size(1)
     cos, sin = rope_tables(T, c.n_embd // c.n_head, m.device, m.dtype)
     windows = [min(layer_window(c, i), T) for i in phase.layers]
-    masks = attention_masks(starts, sorted(set(windows)), m.attention, m.dtype)
+    masks = attention_masks(document_starts(inputs, c, phase.bag_size), sorted(set(windows)), m)
     # Stacked parameters are cast and taken apart once per pass, not once per use. step_weights() leaves
     # out iha.
     stacked = [name for name, entry in param_table(c).items() if entry.n_stack and name in p]
@@ -579,11 +594,12 @@ def forward(p, inputs, c, m, phase, dropout=0.0, run_block=block):
     skips = {}
     for i, window in zip(phase.layers, windows, strict=True):
         mirror = c.n_layer - 1 - i
-        if c.unet and mirror in skips:
-            x = x + p["skip"][mirror] * skips[mirror]
+        skip = skips.get(mirror)
         w = {name: bank[i % len(bank)] for name, bank in banks.items()}
-        x = run_block(x, x0, w, cos, sin, masks[window], c, m.attention, dropout)
-        if i < c.n_layer // 2:
+        if skip is not None:
+            w["skip"] = p["skip"][mirror]
+        x = run_block(x, x0, skip, w, cos, sin, masks[window], c, m.attention, dropout)
+        if c.unet and i < c.n_layer // 2:
             skips[i] = x
     return norm(x)
 
@@ -806,7 +822,8 @@ class MuonAdamW:
         decay = wd * c.weight_decay if entry.decay else 0.0
         if entry.optimizer == "muon":
             moments = first[:n], second[:n]
-            muon_update(shard, grad[:n], *moments, lr, decay, momentum, c.muon_beta2, self.m.dtype)
+            settings = lr, decay, momentum, c.muon_beta2, self.m.dtype
+            self.m.muon_update(shard, grad[:n], *moments, *settings)
         else:
             adamw_update(shard, grad[:n], first[:n], second[:n], lr, decay, c.adam_beta1, c.adam_beta2, step)
 
@@ -1062,7 +1079,6 @@ class Batches:
         require(countable, f"--epochs {c.epochs}: {self.steps:,} steps, but checkpoints count to 10,000,000")
         self.phases = [phase_schedule(self.done(step), c) for step in range(self.steps)]
         self.n_bag_steps = sum(phase.bag_size > 1 for phase in self.phases)
-        self.pinned = m.device.type == "cuda"
         self.next_step = None
         self.next_batch = None
         self.bags = self.plain  # so that epochs_done() works without bags, too
@@ -1082,9 +1098,6 @@ class Batches:
             x, y, n_targets = self.bags.batch(step)
         else:
             x, y, n_targets = self.plain.batch(step - self.n_bag_steps)
-        if self.pinned:  # copies from such memory need not wait for the passes before
-            x = x.pin_memory()
-            y = y.pin_memory()
         return x, y, n_targets
 
     def prepare(self, step):
@@ -1201,8 +1214,7 @@ def train_pass(p, x, y, n_targets, c, m, phase, seed, teacher=None):
     n_targets, for gradients are summed over passes and ranks; what is logged is divided below."""
     # Dropout depends only on the seed, the step, the rank and the micro-batch, so a resumed run repeats it.
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    x = x.to(m.device, non_blocking=True)
-    y = y.to(m.device, non_blocking=True)
+    y = to_device(y, m)
     teacher_out = None
     if teacher and phase.bag_size == 1:  # the teacher predicts single tokens, so it sits out the bags
         c_teacher, p_teacher = teacher
@@ -1213,7 +1225,7 @@ def train_pass(p, x, y, n_targets, c, m, phase, seed, teacher=None):
     # The backward pass has two parts: objective() goes back through the loss and the head, whose gradient is
     # added by hand below; from h on, autograd takes over.
     head = low_precision_head(p["lm_head"].detach(), m.dtype)
-    scale = torch.tensor(1 / n_targets, device=m.device)
+    scale = torch.full((), 1 / n_targets, device=m.device)
     grad_h, grad_head, logged = objective(h.detach(), head, y.flatten(0, 1), scale, c, m, teacher_out)
     roots = [h]
     grads = [grad_h]
@@ -1346,9 +1358,9 @@ def stream_nll(p, inputs, c, m):
         for i in tqdm(firsts, "scoring", unit="batch", delay=3, leave=False, disable=None):
             part = shard[i : i + n_rows]
             ids = np.stack([inputs[row, start : start + T + 1] for row, start, _, _ in part])
-            ids = torch.from_numpy(ids.astype(np.int64)).to(m.device)
-            h = forward(p, ids[:, :-1], c, m, phase)
-            nll = token_nll(h.flatten(0, 1), p["lm_head"], ids[:, 1:, 0].flatten(), c).view(len(part), T)
+            ids = torch.from_numpy(ids.astype(np.int64))
+            h = forward(p, ids[:, :-1], c, m, phase).flatten(0, 1)
+            nll = token_nll(h, p["lm_head"], to_device(ids[:, 1:, 0], m).flatten(), c).view(len(part), T)
             for (row, start, _, new), values in zip(part, nll, strict=True):
                 out[row, new : start + T + 1] = values[new - start - 1 :]
     return all_reduce(m, out).cpu().numpy()
@@ -1416,9 +1428,10 @@ class Machine:
     world_size: int = 1
     attention: str = "sdpa"
     compiled: bool = False
-    # block() and chunk_grad() for training, compiled or plain; set by set_compiled(). Scoring runs block().
-    block: object = None
-    chunk_grad: object = None
+    # What training runs, plain or as set_compiled() compiled it. Scoring runs block().
+    block: object = block
+    chunk_grad: object = chunk_grad
+    muon_update: object = muon_update
     reasons: dict = dataclasses.field(default_factory=dict)  # of each choice, for the log
 
     @property
@@ -1526,8 +1539,8 @@ def try_attention(m, c):
     """Raises where m.attention does not work."""
     shape = (2, 128, c.n_head, c.n_embd // c.n_head)
     q = torch.randn(shape, device=m.device, dtype=m.dtype, requires_grad=True)
-    starts = torch.zeros(2, 128, dtype=torch.bool, device=m.device)
-    masks = attention_masks(starts, [64], m.attention, m.dtype)
+    starts = torch.zeros(2, 128, dtype=torch.bool)
+    masks = attention_masks(starts, [64], m)
     attention(q, q, q, masks[64], m.attention).sum().backward()
 
 
@@ -1556,11 +1569,27 @@ def set_compiled(m, wanted, train_flops=math.inf, failure=None):
     m.reasons["compiled"] = f"{'yes' if m.compiled else 'no'} ({reason})"
     m.block = block
     m.chunk_grad = chunk_grad
+    m.muon_update = muon_update
     if m.compiled:
         # Windows, phases and last micro-batches each bring new shapes.
         torch._dynamo.config.recompile_limit = 64
         m.block = torch.compile(block, dynamic=False)
         m.chunk_grad = torch.compile(chunk_grad, dynamic=False)
+        if m.device.type == "cuda":
+            m.muon_update = compiled_muon_update()
+
+
+def compiled_muon_update():
+    """muon_update() in fewer passes over memory, which a GPU spends most of it on. On a CPU it is the matrix
+    products that take the time."""
+    compiled = torch.compile(muon_update, dynamic=False)
+
+    def update(w, grad, momentum_buffer, second_moment, lr, wd, momentum, beta2, dtype):
+        # Tensors, for torch.compile would recompile for every new number.
+        changing = [torch.full((), x, device=w.device) for x in (lr, wd, momentum)]
+        compiled(w, grad, momentum_buffer, second_moment, *changing, beta2, dtype)
+
+    return update
 
 
 def all_reduce(m, tensor):
@@ -2280,34 +2309,82 @@ class Monitor:
         self.began = time.monotonic()
         n_steps = model.batches.steps
         self.eval_after = {round(n_steps * (i + 1) / model.c.evals) for i in range(model.c.evals - 1)}
+        # What steps have computed and nobody has read. A GPU is one step ahead of what is read, so that it
+        # has work while this process logs.
+        self.unread = collections.deque()
+        self.steps_ahead = 1 if run.m.device.type == "cuda" else 0
+        self.last_losses = ""
 
     def after_step(self, step, losses, optimizer, ema):
         """losses: this rank's parts, tensors by name. ema: {name: this rank's shard}, or None."""
         run = self.run
+        c = self.model.c
+        m = run.m
+        is_last = step + 1 == self.model.batches.steps
+        saving = (step + 1) % c.save_every == 0 and not is_last  # the final weights are written at once
+        flags = [float(bool(run.stop_requested)), float(self.saver.has_written)]
+        sums = all_reduce(m, torch.cat([torch.stack([*losses.values()]), to_device(torch.tensor(flags), m)]))
+        sums = sums.to("cpu", non_blocking=True)
+        copied = None
+        if m.device.type == "cuda":
+            copied = torch.cuda.Event()
+            copied.record()
+        self.unread.append((step, list(losses), sums, copied))
+        val_loss = None
+        if step + 1 in self.eval_after:
+            weights = optimizer.whole(ema) if ema else optimizer.p
+            val_loss = mean_nll(stream_nll(weights, run.eval_inputs, c, m))
+            del weights  # training needs the memory
+        read_all = is_last or saving or val_loss is not None
+        stop = self.read(0 if read_all else self.steps_ahead, val_loss)
+        if stop:
+            self.read(0)
+        run.progress |= {"step": step + 1, "seconds": run.seconds()}
+        if is_last or saving or stop:
+            self.require_finite(all(w.isfinite().all() for w in optimizer.p.values()))
+        if saving or stop:
+            self.saver.save(optimizer, ema)
+        if stop:
+            self.saver.wait()
+            raise stopped(run, f"stopped at {self.where(step)} and saved")
+
+    def where(self, step):
+        return f"{self.model.name}step {step + 1}/{self.model.batches.steps}"
+
+    def require_finite(self, is_finite):
+        if not is_finite:
+            self.saver.wait()
+            last = (saved(self.run.folder, INDEX_FILE) or ["none, this came before the first"])[-1]
+            message = f"{self.last_losses}: the loss or a weight is not finite; last good checkpoint: {last}"
+            raise UserError(message, status=1)
+
+    def read(self, steps_ahead, val_loss=None):
+        """Read the oldest steps until only the last steps_ahead are unread. Returns whether the run was asked
+        to stop. val_loss: of an evaluation after the last step. All that is decided here is decided by sums
+        over the ranks, and so is the same on all of them."""
+        stop = False
+        while len(self.unread) > steps_ahead:
+            step, names, sums, copied = self.unread.popleft()
+            if copied:
+                copied.synchronize()
+            *values, stop_flags, n_written = sums.tolist()
+            stop = stop or stop_flags > 0
+            # A step that was ahead may tell of a save that is committed already.
+            if n_written == self.run.m.world_size and self.saver.shard:
+                self.saver.commit()
+            self.report(step, dict(zip(names, values, strict=True)), None if self.unread else val_loss)
+        return stop
+
+    def report(self, step, losses, val_loss):
+        """Log a step and the evaluation after it, if there was one. losses: sums over the ranks."""
+        run = self.run
         model = self.model
         c = model.c
-        m = run.m
         n_steps = model.batches.steps
-        # What follows is decided by sums over the ranks, and so is the same on all of them.
-        flags = [float(bool(run.stop_requested)), float(self.saver.has_written)]
-        flags = torch.tensor(flags, device=m.device)
-        sums = all_reduce(m, torch.cat([torch.stack([*losses.values()]), flags]))
-        *values, stop, n_written = sums.tolist()
-        if n_written == m.world_size:
-            self.saver.commit()
-        run.progress |= {"step": step + 1, "seconds": run.seconds()}
-        # After the last step, the final weights are written at once.
-        saving = stop or ((step + 1) % c.save_every == 0 and step + 1 < n_steps)
-        where = f"{model.name}step {step + 1}/{n_steps}"
-        terms = " ".join(f"{name} {value:.4f}" for name, value in zip(losses, values, strict=True))
-        finite = all(map(math.isfinite, values))
-        if saving or step + 1 == n_steps:
-            finite = finite and all(w.isfinite().all() for w in optimizer.p.values())
-        if not finite:
-            self.saver.wait()
-            last = (saved(run.folder, INDEX_FILE) or ["none, this came before the first"])[-1]
-            message = f"{where}: {terms}: the loss or a weight is not finite; last good checkpoint: {last}"
-            raise UserError(message, status=1)
+        where = self.where(step)
+        terms = " ".join(f"{name} {value:.4f}" for name, value in losses.items())
+        self.last_losses = f"{where}: {terms}"
+        self.require_finite(all(map(math.isfinite, losses.values())))
         self.flops_done += model.step_flops[step]
         self.flops_left -= model.step_flops[step]
         seconds = time.monotonic() - self.began
@@ -2315,27 +2392,19 @@ class Monitor:
         lr = lr_schedule(model.batches.done(step), c) * c.muon_lr
         speed = (step + 1 - self.first_step) * c.batch_tokens / seconds
         left = self.flops_left * seconds_per_flop  # of the whole run's training, at the speed so far
-        times = f"tok/s {speed:.0f} time {run.progress['seconds']:.1f}s left {left:.0f}s"
+        so_far = run.seconds()
         epoch = model.batches.epochs_done(step + 1)
+        times = f"tok/s {speed:.0f} time {so_far:.1f}s left {left:.0f}s"
         line = f"{where} epoch {epoch:.3f} {terms} lr {lr:.5f} {times}"
         run.log(line, pause=0.0 if step + 1 == n_steps else 2.0)
         if step + 1 == self.first_step + 100:  # now the speed is known: will the run end in the track's time?
-            to_the_end = seconds_left(run.plan[model.number :], step + 1, seconds_per_flop, m)
+            to_the_end = seconds_left(run.plan[model.number :], step + 1, seconds_per_flop, run.m)
             ask_referee(run, "--seconds", f"{run.seconds() + to_the_end:.0f}")
-        val_loss = None
-        if step + 1 in self.eval_after:
-            weights = optimizer.whole(ema) if ema else optimizer.p
-            val_loss = mean_nll(stream_nll(weights, run.eval_inputs, c, m))
-            del weights  # training needs the memory
+        if val_loss is not None:
             run.log(f"{model.name}eval {step + 1}/{n_steps} val_loss {val_loss:.4f} on {run.eval_name}")
         place = {"model": model.number + 1, "step": step + 1, "steps": n_steps, "epoch": epoch}
-        rates = {"lr": lr, "tokens_per_second": speed, "seconds": run.progress["seconds"]}
-        run.metrics(**place, **dict(zip(losses, values, strict=True)), **rates, val_loss=val_loss)
-        if saving:
-            self.saver.save(optimizer, ema)
-        if stop:
-            self.saver.wait()
-            raise stopped(run, f"stopped at {where} and saved")
+        rates = {"lr": lr, "tokens_per_second": speed, "seconds": so_far}
+        run.metrics(**place, **losses, **rates, val_loss=val_loss)
 
 
 def evaluation_inputs(inputs, c):
@@ -2501,7 +2570,7 @@ def made_up_weights(model, m):
 
 
 def compile_model(model, m):
-    """A training pass for every phase and every size of micro-batch."""
+    """A training pass for every phase and every size of micro-batch, and an update of every parameter."""
     c = model.c
     p, teacher = made_up_weights(model, m)
     rows = torch.arange(len(model.batches.plain.shard)).split(c.device_tokens // c.seq_len)
@@ -2511,6 +2580,10 @@ def compile_model(model, m):
             y = x[..., 0].contiguous().unflatten(1, (-1, phase.bag_size))
             with step_weights(p, c, m) as weights:
                 train_pass(weights, x, y, 1, c, m, phase, (0,), teacher)
+    optimizer = MuonAdamW(p, c, m)
+    with torch.no_grad():
+        for name, w in p.items():
+            optimizer.update(name, w, torch.zeros_like(optimizer.state[name][0]), 0, 1.0, 1.0, 0.9)
 
 
 def seconds_left(plan, step, seconds_per_flop, m):
@@ -2834,7 +2907,7 @@ def sample(folder, c, m, lookup, prompt, n_tokens, temperature=0.8, top_p=0.95):
         inputs[..., 1 : 1 + len(lengths(c.recall))] = NO_TOKEN
         mean = 0
         for c_model, p in scored:
-            x = torch.from_numpy(inputs[:, -c_model.seq_len :].astype(np.int64)).to(m.device)
+            x = torch.from_numpy(inputs[:, -c_model.seq_len :].astype(np.int64))
             h = forward(p, x, c_model, m, phase_schedule(1.0, c_model))
             logits = head_logits(h[0, -1], p["lm_head"].to(h.dtype), c_model)
             mean = mean + logits.softmax(-1).cpu() / len(scored)
@@ -2932,6 +3005,7 @@ def train_command(given, args):
             if any(all_gather(m, bool(run.stop_requested))):
                 raise stopped(run)
             finish(run)
+            barrier(m)  # where a rank fails, torchrun stops all: none leaves before the record is written
         except (Exception, KeyboardInterrupt) as e:
             explained = explain(e)
             if explained:

@@ -111,6 +111,7 @@ def tokenrun_step(which, c, m, inputs, n_rows):
     p = {name: w.to(m.device).requires_grad_() for name, w in t.init_params(c).items()}
     optimizer = t.MuonAdamW(p, c, m)
     phase = t.phase_schedule(1.0, c)
+    inputs = inputs.cpu()  # as a batch comes, in which the process finds the documents
     x = inputs[:, :-1].contiguous()
     y = inputs[:, 1:, :1].contiguous()
 

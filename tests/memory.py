@@ -19,7 +19,7 @@ from torch._functorch.compilers import nop
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as t
@@ -68,7 +68,9 @@ def compiled_block(tracker):
         function = aot_function(layer, nop, nop, partition_fn=min_cut_rematerialization_partition)
         live = tracker.live
         peak = tracker.peak
-        copies = tree_map(lambda x: torch.empty_like(x, requires_grad=x.requires_grad), tensors)
+        copies = tree_map_only(
+            torch.Tensor, lambda x: torch.empty_like(x, requires_grad=x.requires_grad), tensors
+        )
         function(*copies)
         del copies
         gc.collect()
@@ -76,9 +78,9 @@ def compiled_block(tracker):
         tracker.peak = peak
         return function
 
-    def run(x, x0, w, cos, sin, mask, *settings):
-        tensors = x, x0, w, cos, sin, mask
-        shapes = [tensor.shape for tensor in tree_leaves(tensors)]
+    def run(x, x0, skip, w, cos, sin, mask, *settings):
+        tensors = x, x0, skip, w, cos, sin, mask
+        shapes = [x.shape if isinstance(x, torch.Tensor) else x for x in tree_leaves(tensors)]
         kind = torch.is_grad_enabled(), *shapes, *settings  # a graph for each, as torch.compile has
         if kind not in graphs:
             graphs[kind] = trace(settings, tensors)

@@ -326,7 +326,6 @@ def attention(options):
     inputs = [torch.randn(shape, generator=g).to(m.device, m.dtype) for _ in range(4)]
     starts = torch.rand(B, T, generator=g) < 16 / T
     starts[0] = False
-    starts = starts.to(m.device)
     kinds = ("varlen", "flex", "sdpa") if ON_GPU else ("sdpa",)
     # Each of the four products in a row rounds its factors to the dtype, by up to half of eps; sums over T
     # numbers are in float32.
@@ -336,7 +335,9 @@ def attention(options):
     def outputs(kind, window, dtype):
         q, k, v, grad = (x.to(dtype) for x in inputs)
         heads = [x.requires_grad_() for x in (q.clone(), k.clone(), v.clone())]
-        mask = t.attention_masks(starts, [window], kind, dtype)[window]
+        mask = t.attention_masks(starts, [window], dataclasses.replace(m, attention=kind, dtype=dtype))[
+            window
+        ]
         y = t.attention(*heads, mask, kind)
         return [y.detach(), *torch.autograd.grad(y, heads, grad)]
 

@@ -64,7 +64,8 @@ def code_only(written):
         written.append((code.value, n_bytes))
         module = types.ModuleType("written")
         module.__file__ = "written"
-        module.call = module.runner = None
+        module.call = print  # never called
+        module.runner = None
         return module
 
     return compile_to_module
@@ -163,14 +164,15 @@ def half(*shape, **kwargs):
     return torch.empty(shape, dtype=torch.bfloat16, **kwargs)
 
 
-# (kernels by Triton, other kernels, MB read and written). The other kernels are matrix products and one of
-# attention.
-LAYER = {"forward": (7, 7, 541), "backward": (12, 13, 865)}
+# (kernels by Triton, other kernels, MB read and written) forward and backward. The other kernels are matrix
+# products and one of attention. A skip is a tensor more to read, and another gradient to write.
+LAYER = {False: [(7, 7, 541), (12, 13, 865)], True: [(7, 7, 548), (13, 13, 880)]}
 
 
-def test_kernels_of_a_layer(written):
+@pytest.mark.parametrize("has_skip", LAYER)
+def test_kernels_of_a_layer(written, has_skip):
     """A layer of `limited` with a short window, on one row of tokens: 7.3 MB of hidden states in bf16."""
-    c, _ = memory.preset("limited", n_layer=1, loop_times=0)
+    c, _ = memory.preset("limited", n_layer=2, loop_times=0)
     m = t.Machine(torch.device("cpu"), torch.bfloat16)
     T = c.seq_len
     with FakeTensorMode():
@@ -182,9 +184,13 @@ def test_kernels_of_a_layer(written):
             x0 = half(1, T, c.n_embd, requires_grad=True)
             cos, sin = t.rope_tables(T, c.n_embd // c.n_head, m.device, m.dtype)
             mask = torch.empty(65, dtype=torch.int32), c.window_short
+            skip = None
+            if has_skip:
+                skip = half(1, T, c.n_embd, requires_grad=True)
+                w["skip"] = weights["skip"][0]
             layer = compile_for_gpu(t.block, written)
-            layer(x, x0, w, cos, sin, mask, c, "varlen", c.dropout).sum().backward()
-    assert dict(zip(LAYER, (costs(*part) for part in written), strict=True)) == LAYER
+            layer(x, x0, skip, w, cos, sin, mask, c, "varlen", c.dropout).sum().backward()
+    assert [costs(*part) for part in written] == LAYER[has_skip]
 
 
 # Of 1.65 GB that a chunk's logits take in float32, and half of that in bf16.
@@ -240,6 +246,25 @@ def test_passes_of_muon_over_a_bank():
     second = torch.zeros(4, 64, 1)
     settings = 0.1, 0.1, 0.9, 0.9, torch.bfloat16
     assert passes(lambda: t.muon_update(w, grad, buffer, second, *settings), w) == pytest.approx(73, abs=0.4)
+
+
+# (kernels by Triton, other kernels, times that as many bytes as the weights have are read or written). Plain
+# PyTorch moves 60 times as many for matrices of this shape.
+MUON = (13, 15, 24)
+
+
+def test_kernels_of_muon(written, monkeypatch):
+    """Compiled, on a rank's share of a bank of `limited`."""
+    c, n_ranks = memory.preset("limited")
+    n = -(-c.n_layer * 2 // n_ranks)
+    compiled = compile_for_gpu(t.muon_update, written)
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiled)
+    with FakeTensorMode():
+        w, grad, buffer = torch.empty(3, n, c.mlp_hidden, c.n_embd)
+        second = torch.empty(n, c.mlp_hidden, 1)
+        t.compiled_muon_update()(w, grad, buffer, second, 0.1, 0.1, 0.9, 0.9, torch.bfloat16)
+    [(code, n_bytes)] = written
+    assert (*costs(code, n_bytes)[:2], round(n_bytes / w.nbytes)) == MUON
 
 
 def test_passes_of_adamw():

@@ -139,7 +139,7 @@ def test_varlen_attends_to_the_same_pairs(exact, varlen_on_a_cpu, B, T, n_docume
     tokens = rows_of_documents(B, T, n_documents)
     heads = random_heads(B, T)
     window = min(window, T)
-    mask = t.attention_masks(tokens == BOS, [window], "varlen", torch.float64)[window]
+    mask = t.attention_masks(tokens == BOS, [window], make_machine(attention="varlen"))[window]
     cu_seqlens = mask[0]
     # A power of two, so that a kernel is compiled once, with empty sequences at its end.
     assert len(cu_seqlens).bit_count() == 1 and (cu_seqlens.diff() > 0).sum() == B + n_documents
@@ -184,7 +184,7 @@ def test_attention_in_float32(varlen_on_a_cpu, impl, window):
     tokens = rows_of_documents(2, 48, 5)
     heads = random_heads(2, 48)
     grad = torch.randn(2, 48, 3, 8)
-    mask = t.attention_masks(tokens == BOS, [window], impl, torch.float32)[window]
+    mask = t.attention_masks(tokens == BOS, [window], make_machine(attention=impl))[window]
     y = t.attention(*heads, mask, impl)
     got = [y, *torch.autograd.grad(y, heads, grad)]
     exact_heads = [x.detach().double().requires_grad_() for x in heads]
@@ -293,7 +293,7 @@ def test_flex_attends_to_the_same_pairs(exact, monkeypatch, T, window):
     monkeypatch.setattr(t, "compiled_flex", flex_attention.flex_attention, raising=False)
     tokens = rows_of_documents(2, T, min(12, 2 * (T - 1)))
     q, k, v = (x.detach() for x in random_heads(2, T, 2, 16))
-    mask = t.attention_masks(tokens == BOS, [window], "flex", q.dtype)[window]
+    mask = t.attention_masks(tokens == BOS, [window], make_machine(attention="flex"))[window]
     y = t.attention(q, k, v, mask, "flex")
     expected = plain_attention(q, k, v, tokens, window)
     # Uncompiled, FlexAttention keeps its scores in float32: 16 products each, of numbers near 1, some of
@@ -318,7 +318,8 @@ def test_gpu_attention_equals_sdpa(impl):
     for window in (64, 256):
         y, grads = {}, {}
         for name in (impl, "sdpa"):
-            mask = t.attention_masks(tokens == BOS, [window], name, torch.bfloat16)[window]
+            m = make_machine(attention=name, dtype=torch.bfloat16)
+            mask = t.attention_masks(tokens == BOS, [window], m)[window]
             y[name] = t.attention(*heads, mask, name)
             grads[name] = torch.autograd.grad(y[name].float().square().sum(), heads)
         torch.testing.assert_close(y[impl], y["sdpa"], atol=2 * 4 * 2**-9, rtol=4 * 2**-9)

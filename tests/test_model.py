@@ -53,7 +53,7 @@ def random_heads(tokens, n_head=3, head_dim=8):
 def test_attention_is_a_masked_softmax(exact, window):
     tokens = random_tokens(2, 48)
     q, k, v = random_heads(tokens)
-    mask = t.attention_masks(tokens == BOS, [window], "sdpa", q.dtype)[window]
+    mask = t.attention_masks(tokens == BOS, [window], make_machine(dtype=q.dtype))[window]
     assert_equal(t.attention(q, k, v, mask, "sdpa"), plain_attention(q, k, v, tokens, window))
 
 
@@ -380,8 +380,8 @@ def test_an_entry_is_all_that_a_new_parameter_needs(monkeypatch):
         entry = t.Param((c.n_embd,), t.constant(0.5), "adamw", "scalar_lr", False, c.n_layer, False, True)
         return param_table(c) | {"shift": entry}
 
-    def shifted(x, x0, w, *args):
-        return block(x, x0, w, *args) + w["shift"]
+    def shifted(x, x0, skip, w, *args):
+        return block(x, x0, skip, w, *args) + w["shift"]
 
     plain = t.init_params(c)
     monkeypatch.setattr(t, "param_table", longer_table)

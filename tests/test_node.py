@@ -226,13 +226,13 @@ def test_wrong_attention_is_found(monkeypatch):
     node.attention(None)
     masks = t.attention_masks
 
-    def longer(starts, windows, impl, dtype):
-        if dtype == torch.float64:
-            return masks(starts, windows, impl, dtype)
-        return {window: masks(starts, [window + 1], impl, dtype)[window + 1] for window in windows}
+    def longer(starts, windows, m):
+        if m.dtype == torch.float64:
+            return masks(starts, windows, m)
+        return {window: masks(starts, [window + 1], m)[window + 1] for window in windows}
 
-    def through(starts, windows, impl, dtype):
-        return masks(starts & (dtype == torch.float64), windows, impl, dtype)
+    def through(starts, windows, m):
+        return masks(starts & (m.dtype == torch.float64), windows, m)
 
     for wrong in (longer, through):
         monkeypatch.setattr(t, "attention_masks", wrong)

@@ -1,10 +1,13 @@
 """The optimizer against plain references, and the schedules."""
 
 import copy
+import functools
 import itertools
+from unittest import mock
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import train_gpt as t
 from reference import EXACT, config, make_machine, make_params
@@ -77,6 +80,30 @@ def test_muon_step_written_out(exact, monkeypatch):
         decay = torch.where(step * expected > 0, expected, 0.0)  # cautious
         expected = expected - lr * (12 / 8) ** 0.5 * step - lr * wd * decay
         torch.testing.assert_close(w, expected, **EXACT)
+
+
+def test_compiled_muon_equals_the_plain_one(exact):
+    """At three rates, which one compilation serves. A GPU runs this; here the processor does."""
+    found = t.Machine(torch.device("cpu"), torch.float64)
+    t.set_compiled(found, "auto")
+    if not found.compiled:
+        pytest.skip(f"nothing to compare: {found.reasons['compiled']}")
+    torch._dynamo.reset()
+    compiled = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend=compiled)):
+        update = t.compiled_muon_update()
+    g = torch.Generator().manual_seed(0)
+    plain = [torch.randn(2, 12, 8, generator=g), torch.zeros(2, 12, 8), torch.zeros(2, 12, 1)]
+    other = [x.clone() for x in plain]
+    frames = []
+    for lr, wd, momentum in ((0.1, 0.5, 0.9), (0.05, 0.2, 0.95), (0.0, 0.0, 0.8)):
+        grad = torch.randn(2, 12, 8, generator=g)
+        for function, (w, *moments) in ((t.muon_update, plain), (update, other)):
+            function(w, grad, *moments, lr, wd, momentum, 0.8, torch.float64)
+        for a, b in zip(other, plain, strict=True):
+            torch.testing.assert_close(a, b, **EXACT)
+        frames.append(compiled.frame_count)
+    assert 0 < frames[0] == frames[-1], frames
 
 
 def test_cautious_decay_only_where_the_update_agrees(exact):

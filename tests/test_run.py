@@ -103,6 +103,36 @@ def test_resumed_as_it_was_started(tiny_data, finished_run, tmp_path):
     assert_same_end(run, finished_run)
 
 
+class OneStepAhead(t.Monitor):
+    """As on a GPU, which is at work on a step while the one before is logged."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.steps_ahead = 1
+
+
+def test_one_step_ahead_of_what_is_logged(tiny_data, finished_run, tmp_path, monkeypatch):
+    """The same run, also when it is stopped on the way: the step that is ahead is logged and saved, too."""
+
+    class Stopped(OneStepAhead):
+        def report(self, step, losses, val_loss):
+            super().report(step, losses, val_loss)
+            if step + 1 == 6:
+                self.run.stop_requested.append(0.0)
+
+    monkeypatch.setattr(t, "Monitor", OneStepAhead)
+    assert_same_end(train_tiny(tiny_data, tmp_path / "whole"), finished_run)
+    monkeypatch.setattr(t, "Monitor", Stopped)
+    run = tmp_path / "stopped"
+    status, _, err = run_main(*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN)
+    # Step 6 is read after step 7, so step 8 is the first to tell of the signal. It is read after step 9.
+    assert status == 130 and f"step 9/{record_of(finished_run)['steps']} and saved" in err, err
+    monkeypatch.setattr(t, "Monitor", OneStepAhead)
+    status, _, err = run_main("--resume", run)
+    assert status == 0, err
+    assert_same_end(run, finished_run)
+
+
 def test_checkpoints_of_many_members(tmp_path):
     """Of a chain's eleventh member, too, the newest is the last in the list."""
     for number in (10**8 + 100, 9 * 10**7 + 200, 10**8):
