@@ -173,6 +173,8 @@ class Config:
     warmup: float = 0.01  # fraction of training over which the learning rates rise
     warmdown: float = 0.6  # last fraction of training, over which they fall to zero
     # scoring, evaluation, housekeeping
+    ngrams: str = ""  # lengths of contexts whose counts make an n-gram model, scored with the members
+    ngram_weight: float = 0.25  # its share in the mean probability
     score_stride: int = 0  # tokens between the starts of scoring windows, which may overlap; 0: seq_len
     evals: int = 8  # evaluations per model, the final score included
     eval_windows: int = 40  # windows of seq_len tokens in an evaluation, spread over the validation stream
@@ -188,7 +190,11 @@ TWO_TARGETS = dict(mtp_weight=0.3, iha=True)
 SMALL = LOOK_UP | TWO_TARGETS | dict(n_layer=3, n_embd=96, mlp_hidden=256, weight_decay=0.25)
 
 POCKET = LOOK_UP | TWO_TARGETS | dict(ema=0.99, weight_decay=0.25, score_stride=256)
-PROSE = POCKET | dict(data="prose", epochs=5.7, evals=4, score_stride=0, grow_memory=True)
+PROSE = (
+    POCKET
+    | dict(data="prose", epochs=5.7, evals=4, score_stride=0)
+    | dict(grow_memory=True, ngrams="1,2,3,4,5,6,8,11,15,20,28")
+)
 
 FINEWEB = (
     TWO_TARGETS
@@ -215,7 +221,7 @@ PRESETS = {
     "pocket": POCKET | dict(epochs=5.7, evals=4),
     "pocket_unlimited": POCKET | dict(epochs=6.0, members=3, distill_alpha=0.4),
     "prose": PROSE,
-    "prose_unlimited": PROSE | dict(members=2, distill_alpha=0.4),
+    "prose_unlimited": PROSE | dict(ngrams="", members=2, distill_alpha=0.4),
     "mini": TWO_TARGETS
     | dict(data="mini", train_tokens=10_000_000, window_short=512, ema=0.995, dropout=0.1)
     | dict(n_layer=12, n_embd=768, n_head=6, mlp_hidden=2112)
@@ -874,10 +880,11 @@ class Streams:
 
     def __init__(self, streams, bos_id):
         self.tokens = streams.reshape(-1)
+        self.length = streams.shape[1]
         starts = self.tokens == bos_id
-        starts[:: streams.shape[1]] = True
+        starts[:: self.length] = True
         place = np.arange(len(self.tokens))
-        self.stream = (place // streams.shape[1]).astype(np.uint64)  # each token's stream
+        self.stream = (place // self.length).astype(np.uint64)  # each token's stream
         self.document = np.cumsum(starts, dtype=np.uint64)  # each token's document
         begins = np.maximum.accumulate(np.where(starts, place, 0))
         self.offset = place - begins  # each token's position in its document
@@ -895,6 +902,13 @@ class Streams:
         before = np.zeros_like(self.running_sum)
         before[n:] = self.running_sum[:-n]
         return (self.running_sum - before) * self.power
+
+    def contexts(self, n):
+        """(the places of all tokens that have n tokens before them in their stream, a hash of these n, a hash
+        of these n and the token)."""
+        place = np.arange(len(self.tokens))
+        places = place[place % self.length >= n]
+        return places, self.ngrams(n)[places - 1], self.ngrams(n + 1)[places]
 
     def earlier_documents(self, n):
         """For each token, the place of the last occurrence, in an earlier document of its stream, of the
@@ -930,7 +944,7 @@ class Lookup:
     back as the document goes, and never ahead."""
 
     def __init__(self, train_tokens, c):
-        """train_tokens: [n] of the budget; without c.memory they are only needed for training."""
+        """train_tokens: [n] of the budget; in scoring, c.memory and c.ngrams need them."""
         self.train_tokens = train_tokens
         self.c = c
         self.index = []  # for each length of c.memory: the n-grams of the training tokens in sorted order
@@ -984,6 +998,76 @@ class Lookup:
                 grown = (last >= 0) & ~found
                 column[grown] = streams.tokens[last[grown] + 1]
         return columns.T.reshape(*ids.shape, -1)
+
+
+DISCOUNT = 0.8  # of a count of one, so much goes to what a context was not followed by
+
+
+def sums_before(groups, values):
+    """For each place, the sum of the values at earlier places of its group."""
+    order = np.argsort(groups, kind="stable")
+    groups = groups[order]
+    values = values[order].astype(np.int64)
+    before = np.cumsum(values) - values
+    sums = np.empty(len(order), np.int64)
+    sums[order] = before - before[run_starts(groups, groups)]
+    return sums
+
+
+class NgramModel:
+    """Counts of what followed a context, in the training tokens and in a token's own stream so far, as a
+    model of their own: Kneser and Ney's (1995) with one discount, interpolated from the shortest length of
+    c.ngrams to the longest. A shorter context counts a token only where the next longer one had not been
+    followed by it before."""
+
+    def __init__(self, train_tokens, c):
+        self.c = c
+        self.lengths = sorted(lengths(c.ngrams))
+        streams = Streams(train_tokens[None], c.bos_id)
+        counted = np.ones(len(train_tokens), bool)
+        self.index = {}  # length -> contexts and n-grams, each in sorted order with sums
+        for n in reversed(self.lengths):
+            places, context, ngram = streams.contexts(n)
+            is_new = sums_before(ngram, np.ones(len(places))) == 0
+            contexts, of_context = np.unique(context, return_inverse=True)
+            ngrams, of_ngram = np.unique(ngram, return_inverse=True)
+            counts = np.bincount(of_context, counted[places], len(contexts))
+            n_kinds = np.bincount(of_context, is_new, len(contexts))
+            hits = np.bincount(of_ngram, counted[places], len(ngrams))
+            self.index[n] = contexts, counts, n_kinds, ngrams, hits
+            counted = np.ones(len(train_tokens), bool)
+            counted[places] = is_new
+
+    def probabilities(self, ids):
+        """Of every token of independent streams of ids [n_streams, length], in the same shape."""
+        streams = Streams(ids, self.c.bos_id)
+        counted = np.ones(ids.size, bool)
+        levels = []
+        for n in reversed(self.lengths):
+            contexts, train_counts, train_kinds, ngrams, train_hits = self.index[n]
+            places, context, ngram = streams.contexts(n)
+            # What the training tokens have of these contexts; and below, what the stream has.
+            at, known_context = find(contexts, context)
+            at_ngram, known_ngram = find(ngrams, ngram)
+            in_stream = streams.stream[places] * GROUP_CODE
+            is_new = ~known_ngram & (sums_before(ngram + in_stream, np.ones(len(places))) == 0)
+            counts = known_context * train_counts[at] + sums_before(context + in_stream, counted[places])
+            n_kinds = known_context * train_kinds[at] + sums_before(context + in_stream, is_new)
+            hits = known_ngram * train_hits[at_ngram] + sums_before(ngram + in_stream, counted[places])
+            seen = counts > 0
+            levels.append((places[seen], counts[seen], n_kinds[seen], hits[seen]))
+            counted = np.ones(ids.size, bool)
+            counted[places] = is_new
+        p = np.full(ids.size, 1 / self.c.vocab_size)
+        for places, counts, n_kinds, hits in reversed(levels):
+            p[places] = (np.maximum(hits - DISCOUNT, 0) + DISCOUNT * n_kinds * p[places]) / counts
+        return p.reshape(ids.shape)
+
+
+def find(known, query):
+    """(where the sorted `known` has each element of a query, or any place; whether it has it)."""
+    at = np.searchsorted(known, query).clip(max=len(known) - 1)
+    return at, known[at] == query
 
 
 class Loader:
@@ -1388,9 +1472,9 @@ def add_model(total, nll):
     return -np.logaddexp(-total, -nll.astype(np.float64))
 
 
-def run_nll(folder, inputs, c, m, show=None):
-    """NLL of every token under the mean probability of a run's models, float64 [n_streams, length]. One
-    model is in memory at a time."""
+def run_nll(folder, inputs, lookup, c, m, show=None):
+    """NLL of every token under the mean probability of a run's models, float64 [n_streams, length]. inputs:
+    from lookup. One model is in memory at a time."""
     total = np.inf
     scored = scored_models(c)
     for n, (number, c_model) in enumerate(scored, start=1):
@@ -1400,7 +1484,13 @@ def run_nll(folder, inputs, c, m, show=None):
         if show and len(scored) > 1:
             together = f"the members so far together: {mean_nll(total + math.log(n)):.6f} nats per token"
             show(f"member {number + 1} alone: {mean_nll(nll):.6f}; {together}")
-    total = np.maximum(0, total + math.log(len(scored)))  # a mean probability is at most 1, up to rounding
+    total = total + math.log(len(scored))
+    if c.ngrams:
+        if show:
+            show(f"without n-grams: {mean_nll(total):.6f} nats per token")
+        p = NgramModel(lookup.train_tokens, c).probabilities(inputs[..., 0])
+        total = -np.log((1 - c.ngram_weight) * np.exp(-total) + c.ngram_weight * p)
+    total = np.maximum(0, total)  # a mean probability is at most 1, up to rounding
     total[:, 0] = 0
     return total
 
@@ -2433,7 +2523,7 @@ def finish(run):
     m = run.m
     log = run.log
     progress = run.progress
-    nll = run_nll(run.folder, run.val_inputs, c, m, log)
+    nll = run_nll(run.folder, run.val_inputs, run.lookup, c, m, log)
     if not m.is_main:
         return
     # Sums over blocks of 1,000 tokens, which leaderboard.py compares between runs.
@@ -2875,7 +2965,7 @@ def load_run(folder, given, args):
     c = in_place(c, given)
     m = setup_machine(c, args)
     train_tokens = None
-    if c.memory:
+    if c.memory or c.ngrams:
         path = find_data(c, m) / "train.bin"
         train_tokens = read_shard(path, c.vocab_size, meta["sha256"]["train.bin"])[: c.train_tokens]
     return c, m, meta, Lookup(train_tokens, c)
@@ -2934,7 +3024,7 @@ def score_command(given, args):
         streams = read_shard(args.tokens, c.vocab_size)[None]
     else:
         streams = read_streams(args.tokens, c.vocab_size)
-    nll = run_nll(args.score, lookup.inputs(streams), c, m).astype(np.float32)
+    nll = run_nll(args.score, lookup.inputs(streams), lookup, c, m).astype(np.float32)
     if m.is_main:
         write_npy(args.nll, nll[0] if is_shard else nll)
         print(f"{args.nll}: {nll[:, 1:].size:,} tokens scored, {mean_nll(nll):.6f} nats per token")
@@ -3091,7 +3181,7 @@ RANGES = (
     ("vocab_size bos_id", 0, 2**16 - 1),
     ("muon_lr embed_lr head_lr scalar_lr weight_decay mtp_weight", 0, 1e6),
     ("warmup warmdown momentum_start momentum_warmup muon_momentum muon_beta2 distill_alpha", 0, 1),
-    ("dropout loop_from bag_until ema adam_beta1 adam_beta2", 0, BELOW_1),
+    ("dropout loop_from bag_until ema adam_beta1 adam_beta2 ngram_weight", 0, BELOW_1),
     ("softcap epochs distill_temp", 1e-6, 1e6),
 )
 
@@ -3119,9 +3209,11 @@ def check_config(c):
     require(c.members % c.chains == 0, f"{given('members', 'chains')}: choose a multiple")
     require(loop_exists, f"{given('loop_first', 'loop_last')}: not a range of layers 0 to {c.n_layer - 1}")
     require(c.dtype in ("auto", "bf16", "fp32"), f"{given('dtype')}: choose auto, bf16 or fp32")
-    for name in ("recall", "memory"):
+    for name in ("recall", "memory", "ngrams"):
         well_formed = re.fullmatch(r"([1-9]\d{0,3}(,[1-9]\d{0,3}){0,99})?", getattr(c, name))
         require(well_formed, f"{given(name)}: write up to 100 lengths with commas between, such as 4,8,16")
+    fit = max([0, *lengths(c.ngrams)]) < c.train_tokens
+    require(fit, f"{given('ngrams', 'train_tokens')}: choose lengths below the number of tokens")
     fractions = [fraction for fraction, _ in parse_wd_points(c)] if well_formed_points else []
     rising = well_formed_points and fractions == sorted(fractions)
     require(rising, f"{given('wd_points')}: write rising fraction:multiple pairs, such as 0:1,0.5:0.1,1:1.5")

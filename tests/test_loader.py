@@ -1,5 +1,7 @@
 """The promises of the loader and of look-ups."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -259,6 +261,56 @@ def test_memory_grows_with_the_stream():
     assert (got != fixed).any() and (got == fixed)[fixed != t.NO_TOKEN].all()
     in_training = t.Lookup(known, c).training_inputs()
     assert (in_training == looked_up_by_a_loop(known, (), memory, known)).all()
+
+
+def ngrams_by_a_loop(known, stream, sizes, vocab_size):
+    """The probability of every token of a stream, and that of every other token in its place: [n,
+    vocab_size]. Interpolated Kneser-Ney, from dictionaries."""
+    hits = {n: Counter() for n in sizes}  # (context, token) -> how often it counts
+    seen = {n: set() for n in sizes}
+
+    def learn(text, i):
+        is_new = True
+        for n in reversed(sizes):
+            if i >= n:
+                pair = (*text[i - n : i + 1],)
+                hits[n][pair] += is_new
+                is_new = pair not in seen[n]
+                seen[n].add(pair)
+            else:
+                is_new = True
+
+    for i in range(len(known)):
+        learn(known, i)
+    rows = []
+    for i in range(len(stream)):
+        p = np.full(vocab_size, 1 / vocab_size)
+        for n in sizes:
+            context = (*stream[i - n : i],)
+            if i < n or not any(pair[:n] == context for pair in seen[n]):
+                continue
+            counts = np.array([hits[n][*context, token] for token in range(vocab_size)])
+            p = (np.maximum(counts - 0.8, 0) + 0.8 * (counts > 0).sum() * p) / counts.sum()
+        rows.append(p)
+        learn(stream, i)
+    return np.stack(rows)
+
+
+def test_n_grams_against_a_loop():
+    """Streams in several documents, which learn from the training tokens and from themselves alone; the
+    second one begins as the first ends."""
+    c = config(vocab_size=5, bos_id=4, ngrams="5,1,2")
+    known = np.where(three_letters(0, 10, n=40, seed=1) == BOS, 4, three_letters(0, 10, n=40, seed=1))
+    first = np.where(three_letters(0, 40, 41) == BOS, 4, three_letters(0, 40, 41))
+    streams = np.stack([first, np.concatenate([first[-60:], first[:90]])]).astype(np.uint16)
+    known = known.astype(np.uint16)
+    model = t.NgramModel(known, c)
+    for some in (streams, streams[:, :4], streams[:1, :1]):
+        got = model.probabilities(some)
+        for row, stream in zip(got, some.tolist(), strict=True):
+            expected = ngrams_by_a_loop(known.tolist(), stream, (1, 2, 5), 5)
+            np.testing.assert_allclose(expected.sum(1), 1)
+            np.testing.assert_allclose(row, expected[np.arange(len(stream)), stream], rtol=1e-12)
 
 
 def test_training_documents_do_not_find_themselves_in_memory():

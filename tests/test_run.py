@@ -395,6 +395,28 @@ def test_a_run_follows_its_data(tiny_data, finished_run, tmp_path, monkeypatch):
     assert run_main("--resume", "run", "--members", 2, *PLAIN)[0] == 0
 
 
+def test_n_grams_are_scored_with_the_members(tiny_data, tmp_path):
+    run = train_tiny(tiny_data, tmp_path / "run", "--steps", 3, members=2, ngrams="1,2", ngram_weight=0.4)
+    score = ("--score", run, "--tokens", tiny_data / "val.bin", "--nll", tmp_path / "nll.npy", *PLAIN)
+    assert run_main(*score)[0] == 0
+    nll = np.load(tmp_path / "nll.npy").astype(np.float64)
+    assert nll.sum() / 3009 == pytest.approx(record_of(run)["val_loss"], rel=1e-5)
+    (line,) = [line for line in log_lines(run) if line.startswith("without n-grams: ")]
+    (last,) = [line for line in log_lines(run) if line.startswith("member 2 alone: ")]
+    assert f"the members so far together: {line.split(': ')[1]}" in last
+    c, meta, _ = t.read_run(run)
+    m = t.Machine(torch.device("cpu"), torch.float32)
+    train_tokens = t.read_shard(tiny_data / "train.bin", c.vocab_size)[: c.train_tokens]
+    val_tokens = t.read_shard(tiny_data / "val.bin", c.vocab_size)[None]
+    networks = [
+        np.exp(-t.stream_nll(t.load_weights(run, number, c_model, m), val_tokens[..., None], c_model, m))
+        for number, c_model in t.scored_models(c)
+    ]
+    counted = t.NgramModel(train_tokens, c).probabilities(val_tokens)
+    mean = -np.log(0.6 * np.mean(networks, axis=0) + 0.4 * counted)[0, 1:]
+    np.testing.assert_allclose(nll[1:], mean, rtol=1e-5, atol=1e-6)
+
+
 def test_a_score_follows_the_data_and_the_machine(tiny_data, tmp_path):
     """The training tokens, which look-ups need, are elsewhere; and another number of tokens fits into
     memory."""
@@ -1302,6 +1324,9 @@ BAD_OPTIONS = [
     ("--wd_points x", "--wd_points"),
     ("--recall 4,x", "--recall"),
     ("--memory 0", "--memory"),
+    ("--ngrams 3,x", "--ngrams"),
+    ("--ngrams 4,40 --train_tokens 40", "--ngrams"),
+    ("--ngram_weight 1", "--ngram_weight"),
     ("--dtype fp8", "--dtype"),
     ("--attention varlen", "--attention"),
     ("--vocab_size 300", "--vocab_size"),
