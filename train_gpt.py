@@ -1015,10 +1015,10 @@ def sums_before(groups, values):
 
 
 class NgramModel:
-    """Counts of what followed a context, in the training tokens and in a token's own stream so far, as a
-    model of their own: Kneser and Ney's (1995) with one discount, interpolated from the shortest length of
-    c.ngrams to the longest. A shorter context counts a token only where the next longer one had not been
-    followed by it before."""
+    """Counts of what followed a context, as a model of their own: Kneser and Ney's (1995) with one discount,
+    interpolated from the shortest length of c.ngrams to the longest. Each length comes twice: with the counts
+    of the training tokens and the stream so far, and with those of the token's document alone. A shorter
+    context counts a token only where the next longer one had not been followed by it before."""
 
     def __init__(self, train_tokens, c):
         self.c = c
@@ -1041,26 +1041,40 @@ class NgramModel:
     def probabilities(self, ids):
         """Of every token of independent streams of ids [n_streams, length], in the same shape."""
         streams = Streams(ids, self.c.bos_id)
-        counted = np.ones(ids.size, bool)
+        count_in_stream = np.ones(ids.size, bool)
+        count_in_document = np.ones(ids.size, bool)
         levels = []
         for n in reversed(self.lengths):
-            contexts, train_counts, train_kinds, ngrams, train_hits = self.index[n]
             places, context, ngram = streams.contexts(n)
-            # What the training tokens have of these contexts; and below, what the stream has.
+            once = np.ones(len(places))
+            # The document is that of the context: a BOS ends it, and is one of its tokens here.
+            document = streams.document[places - 1] * GROUP_CODE
+            counted = count_in_document[places]
+            is_new = sums_before(ngram + document, once) == 0
+            counts = sums_before(context + document, counted)
+            n_kinds = sums_before(context + document, is_new)
+            hits = sums_before(ngram + document, counted)
+            levels.append((places, counts, n_kinds, hits))
+            count_in_document = np.ones(ids.size, bool)
+            count_in_document[places] = is_new
+
+            contexts, train_counts, train_kinds, ngrams, train_hits = self.index[n]
             at, known_context = find(contexts, context)
             at_ngram, known_ngram = find(ngrams, ngram)
-            in_stream = streams.stream[places] * GROUP_CODE
-            is_new = ~known_ngram & (sums_before(ngram + in_stream, np.ones(len(places))) == 0)
-            counts = known_context * train_counts[at] + sums_before(context + in_stream, counted[places])
-            n_kinds = known_context * train_kinds[at] + sums_before(context + in_stream, is_new)
-            hits = known_ngram * train_hits[at_ngram] + sums_before(ngram + in_stream, counted[places])
-            seen = counts > 0
-            levels.append((places[seen], counts[seen], n_kinds[seen], hits[seen]))
-            counted = np.ones(ids.size, bool)
-            counted[places] = is_new
+            stream = streams.stream[places] * GROUP_CODE
+            counted = count_in_stream[places]
+            is_new = ~known_ngram & (sums_before(ngram + stream, once) == 0)
+            counts = known_context * train_counts[at] + sums_before(context + stream, counted)
+            n_kinds = known_context * train_kinds[at] + sums_before(context + stream, is_new)
+            hits = known_ngram * train_hits[at_ngram] + sums_before(ngram + stream, counted)
+            levels.append((places, counts, n_kinds, hits))
+            count_in_stream = np.ones(ids.size, bool)
+            count_in_stream[places] = is_new
         p = np.full(ids.size, 1 / self.c.vocab_size)
         for places, counts, n_kinds, hits in reversed(levels):
-            p[places] = (np.maximum(hits - DISCOUNT, 0) + DISCOUNT * n_kinds * p[places]) / counts
+            seen = counts > 0
+            rest = DISCOUNT * n_kinds[seen] * p[places[seen]]
+            p[places[seen]] = (np.maximum(hits[seen] - DISCOUNT, 0) + rest) / counts[seen]
         return p.reshape(ids.shape)
 
 

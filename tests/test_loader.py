@@ -263,42 +263,60 @@ def test_memory_grows_with_the_stream():
     assert (in_training == looked_up_by_a_loop(known, (), memory, known)).all()
 
 
-def ngrams_by_a_loop(known, stream, sizes, vocab_size):
-    """The probability of every token of a stream, and that of every other token in its place: [n,
-    vocab_size]. Interpolated Kneser-Ney, from dictionaries."""
-    hits = {n: Counter() for n in sizes}  # (context, token) -> how often it counts
-    seen = {n: set() for n in sizes}
+class CountsByALoop:
+    """For contexts of these lengths, from dictionaries."""
 
-    def learn(text, i):
+    def __init__(self, sizes):
+        self.sizes = sizes
+        self.hits = {n: Counter() for n in sizes}  # (context, token) -> how often it counts
+        self.seen = {n: set() for n in sizes}
+
+    def learn(self, text, i):
         is_new = True
-        for n in reversed(sizes):
+        for n in reversed(self.sizes):
             if i >= n:
                 pair = (*text[i - n : i + 1],)
-                hits[n][pair] += is_new
-                is_new = pair not in seen[n]
-                seen[n].add(pair)
+                self.hits[n][pair] += is_new
+                is_new = pair not in self.seen[n]
+                self.seen[n].add(pair)
             else:
                 is_new = True
 
+    def interpolate(self, p, context, vocab_size):
+        """Of shorter contexts' probabilities p and this one."""
+        n = len(context)
+        if not any(pair[:n] == context for pair in self.seen[n]):
+            return p
+        counts = np.array([self.hits[n][*context, token] for token in range(vocab_size)])
+        return (np.maximum(counts - 0.8, 0) + 0.8 * (counts > 0).sum() * p) / counts.sum()
+
+
+def ngrams_by_a_loop(known, stream, sizes, vocab_size, bos_id):
+    """The probability of every token of a stream, and that of every other token in its place: [n,
+    vocab_size]. Interpolated Kneser-Ney."""
+    everywhere = CountsByALoop(sizes)
     for i in range(len(known)):
-        learn(known, i)
+        everywhere.learn(known, i)
     rows = []
     for i in range(len(stream)):
+        if i == 1 or (i > 1 and stream[i - 1] == bos_id):
+            here = CountsByALoop(sizes)
         p = np.full(vocab_size, 1 / vocab_size)
         for n in sizes:
-            context = (*stream[i - n : i],)
-            if i < n or not any(pair[:n] == context for pair in seen[n]):
-                continue
-            counts = np.array([hits[n][*context, token] for token in range(vocab_size)])
-            p = (np.maximum(counts - 0.8, 0) + 0.8 * (counts > 0).sum() * p) / counts.sum()
+            if i >= n:
+                context = (*stream[i - n : i],)
+                p = everywhere.interpolate(p, context, vocab_size)
+                p = here.interpolate(p, context, vocab_size)
         rows.append(p)
-        learn(stream, i)
+        everywhere.learn(stream, i)
+        if i > 0:
+            here.learn(stream, i)
     return np.stack(rows)
 
 
 def test_n_grams_against_a_loop():
-    """Streams in several documents, which learn from the training tokens and from themselves alone; the
-    second one begins as the first ends."""
+    """Streams in several documents, which learn from the training tokens, from themselves and from their
+    documents alone; the second one begins as the first ends."""
     c = config(vocab_size=5, bos_id=4, ngrams="5,1,2")
     known = np.where(three_letters(0, 10, n=40, seed=1) == BOS, 4, three_letters(0, 10, n=40, seed=1))
     first = np.where(three_letters(0, 40, 41) == BOS, 4, three_letters(0, 40, 41))
@@ -308,7 +326,7 @@ def test_n_grams_against_a_loop():
     for some in (streams, streams[:, :4], streams[:1, :1]):
         got = model.probabilities(some)
         for row, stream in zip(got, some.tolist(), strict=True):
-            expected = ngrams_by_a_loop(known.tolist(), stream, (1, 2, 5), 5)
+            expected = ngrams_by_a_loop(known.tolist(), stream, (1, 2, 5), 5, bos_id=4)
             np.testing.assert_allclose(expected.sum(1), 1)
             np.testing.assert_allclose(row, expected[np.arange(len(stream)), stream], rtol=1e-12)
 
