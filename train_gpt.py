@@ -1005,15 +1005,29 @@ class Lookup:
 DISCOUNT = 0.8  # of a count of one, so much goes to what a context was not followed by
 
 
-def sums_before(groups, values):
-    """For each place, the sum of the values at earlier places of its group."""
+def sums_before(groups, *values):
+    """For each place, the sums of these values at earlier places of its group."""
     order = np.argsort(groups, kind="stable")
     groups = groups[order]
-    values = values[order].astype(np.int64)
-    before = np.cumsum(values) - values
-    sums = np.empty(len(order), np.int64)
-    sums[order] = before - before[run_starts(groups, groups)]
-    return sums
+    begins = run_starts(groups, groups)
+    all_sums = []
+    for value in values:
+        value = value[order].astype(np.int64)
+        before = np.cumsum(value) - value
+        sums = np.empty(len(order), np.int64)
+        sums[order] = before - before[begins]
+        all_sums.append(sums)
+    return all_sums
+
+
+def counts_before(context, ngram, counted, known=False):
+    """(how often the context of each place was there before, with how many kinds of tokens, how often its
+    n-gram was; whether the n-gram is new). Only occurrences that are `counted` count. known: n-grams that are
+    not new, because something else has them."""
+    occurrences, hits = sums_before(ngram, np.ones(len(ngram)), counted)
+    is_new = (occurrences == 0) & np.logical_not(known)
+    counts, n_kinds = sums_before(context, counted, is_new)
+    return counts, n_kinds, hits, is_new
 
 
 class NgramModel:
@@ -1030,7 +1044,7 @@ class NgramModel:
         self.index = {}  # length -> contexts and n-grams, each in sorted order with sums
         for n in reversed(self.lengths):
             places, context, ngram = streams.contexts(n)
-            is_new = sums_before(ngram, np.ones(len(places))) == 0
+            is_new = sums_before(ngram, np.ones(len(places)))[0] == 0
             contexts, of_context = np.unique(context, return_inverse=True)
             ngrams, of_ngram = np.unique(ngram, return_inverse=True)
             counts = np.bincount(of_context, counted[places], len(contexts))
@@ -1043,35 +1057,30 @@ class NgramModel:
     def probabilities(self, ids):
         """Of every token of independent streams of ids [n_streams, length], in the same shape."""
         streams = Streams(ids, self.c.bos_id)
-        count_in_stream = np.ones(ids.size, bool)
-        count_in_document = np.ones(ids.size, bool)
+        in_stream = np.ones(ids.size, bool)  # what counts there at the length at hand
+        in_document = np.ones(ids.size, bool)
         levels = []
         for n in reversed(self.lengths):
             places, context, ngram = streams.contexts(n)
-            once = np.ones(len(places))
             # The document is that of the context: a BOS ends it, and is one of its tokens here.
             document = streams.document[places - 1] * GROUP_CODE
-            counted = count_in_document[places]
-            is_new = sums_before(ngram + document, once) == 0
-            counts = sums_before(context + document, counted)
-            n_kinds = sums_before(context + document, is_new)
-            hits = sums_before(ngram + document, counted)
-            levels.append((places, counts, n_kinds, hits))
-            count_in_document = np.ones(ids.size, bool)
-            count_in_document[places] = is_new
+            *counts, is_new = counts_before(context + document, ngram + document, in_document[places])
+            levels.append((places, *counts))
+            in_document = np.ones(ids.size, bool)
+            in_document[places] = is_new
 
             contexts, train_counts, train_kinds, ngrams, train_hits = self.index[n]
             at, known_context = find(contexts, context)
             at_ngram, known_ngram = find(ngrams, ngram)
             stream = streams.stream[places] * GROUP_CODE
-            counted = count_in_stream[places]
-            is_new = ~known_ngram & (sums_before(ngram + stream, once) == 0)
-            counts = known_context * train_counts[at] + sums_before(context + stream, counted)
-            n_kinds = known_context * train_kinds[at] + sums_before(context + stream, is_new)
-            hits = known_ngram * train_hits[at_ngram] + sums_before(ngram + stream, counted)
-            levels.append((places, counts, n_kinds, hits))
-            count_in_stream = np.ones(ids.size, bool)
-            count_in_stream[places] = is_new
+            counts, n_kinds, hits, is_new = counts_before(
+                context + stream, ngram + stream, in_stream[places], known_ngram
+            )
+            counts = counts + known_context * train_counts[at]
+            n_kinds = n_kinds + known_context * train_kinds[at]
+            levels.append((places, counts, n_kinds, hits + known_ngram * train_hits[at_ngram]))
+            in_stream = np.ones(ids.size, bool)
+            in_stream[places] = is_new
         p = np.full(ids.size, 1 / self.c.vocab_size)
         for places, counts, n_kinds, hits in reversed(levels):
             seen = counts > 0
