@@ -6,7 +6,8 @@ library alone.
 
 Prints the records that HEAD adds over BASE_REF, a folder a line, or "adds no record". A pull request that
 adds a record changes nothing else but train_gpt.py, which then is the record's script: main draws the board
-and the pictures after the merge. Exit status 1, with one line that says why, if something does not hold.
+and the pictures after the merge. A harness that the record names is one that main has had. Exit status 1,
+with one line that says why, if something does not hold.
 """
 
 import datetime
@@ -59,10 +60,17 @@ def added_records(changed):
     return added
 
 
-def check_record(folder, script, script_changed):
+def harnesses(base):
+    """The sha256 of every harness.py that main has had."""
+    commits = git("log", "--format=%H", "--diff-filter=AM", base, "--", "harness.py").decode().split()
+    return {hashlib.sha256(git("show", f"{commit}:harness.py")).hexdigest() for commit in commits}
+
+
+def check_record(folder, script, script_changed, base):
     try:
         record = json.loads(git("show", f"HEAD:{folder}/record.json"))
         scripts = {run["source_sha256"] for run in record["runs"]}
+        named = {run["harness_sha256"] for run in record["runs"] if "harness_sha256" in run}
         submitted = datetime.datetime.strptime(record["submitted"], "%Y-%m-%dT%H:%M:%SZ")
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         check(False, f"{folder}/record.json: damaged or incomplete ({type(e).__name__}: {e})")
@@ -70,6 +78,8 @@ def check_record(folder, script, script_changed):
         not script_changed or scripts == {script},
         f"{folder}: train_gpt.py is not the script of the record; commit the one that trained it",
     )
+    remedy = "train with main's own; what an idea needs of it is a pull request before the record's"
+    check(named <= harnesses(base), f"{folder}: its harness.py is none that main has had; {remedy}")
     now = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
     ahead = submitted > now + datetime.timedelta(minutes=MINUTES_AHEAD)
     check(
@@ -84,7 +94,7 @@ def main():
     script = hashlib.sha256(git("show", "HEAD:train_gpt.py")).hexdigest()
     script_changed = any(path == "train_gpt.py" for _, _, path in changed)
     for folder in added:
-        check_record(folder, script, script_changed)
+        check_record(folder, script, script_changed, base)
     print("\n".join(added) or "adds no record")
 
 

@@ -41,6 +41,7 @@ from reading import (
     read_tracks,
     split_log,
     write_shard,
+    write_sources,
 )
 
 
@@ -756,7 +757,8 @@ def evidence_against(ratio):
 def run_command(run, folder):
     """(scorer command, track, claimed val_nll) of a run. The script in its log is written into `folder`."""
     try:
-        source, _, _ = split_log(read_plain(run / "log.txt", MAX_LOG_BYTES))
+        sources, _ = split_log(read_plain(run / "log.txt", MAX_LOG_BYTES))
+        script = write_sources(Path(folder), sources)
         record = read_json(run / "record.json")
         claimed = read_npy(run / "val_nll.npy", 1 << 24)
         track = str(record["track"])
@@ -764,8 +766,6 @@ def run_command(run, folder):
         raise Refused(f"{e.filename}: {e.strerror}; name the folder of a finished run")
     except (ValueError, KeyError, TypeError) as e:
         raise Refused(f"{run}: not the folder of a finished run ({e})")
-    script = Path(folder) / "script.py"
-    script.write_bytes(source)
     # A script that scores with the help of its training tokens looks for them beside itself.
     (Path(folder) / "data").symlink_to(ROOT / "data")
     command = [sys.executable, str(script), "--score", str(run.resolve())]

@@ -23,11 +23,13 @@ SCRIPT = "train_gpt.py"
 
 
 class Side(NamedTuple):
-    """A record or a run. log: the path of its log. script: its lines. config: all options of the script."""
+    """A record or a run. log: the path of its log. script: its lines. harness: the sha256 of the harness that
+    ran it, in a list; empty for a script that needs none. config: all options of the script."""
 
     name: str
     log: Path
     script: list
+    harness: list
     config: dict
 
 
@@ -53,9 +55,10 @@ def read_side(name):
         config = {option: claims.get(option, value) for option, value in log.config.items()}
     except (OSError, ValueError, AttributeError, IndexError, TypeError) as e:
         raise Refused(f"{name}: no log with a script in it; name a record or a run ({e})")
-    if log.source is None:
+    script, *others = log.sources
+    if script.content is None:
         raise Refused(f"{name}: its log was kept without the script; name a record or a run")
-    return Side(str(name), path.resolve(), lines_of(log.source), config)
+    return Side(str(name), path.resolve(), lines_of(script.content), [s.sha256 for s in others], config)
 
 
 def lines_of(source):
@@ -210,7 +213,10 @@ def diff(a, b, root=ROOT):
     """Lines that tell what changed from A to B, each a record's folder or a run's."""
     a = read_side(a)
     b = read_side(b)
-    return [*config_lines(a, b), "", *script_lines(a, b, root)]
+    lines = [*config_lines(a, b), "", *script_lines(a, b, root)]
+    if a.harness and b.harness and a.harness != b.harness:
+        lines.append("harness.py: another one, and records do not change it: see `git log -- harness.py`")
+    return lines
 
 
 def diff_command(args):

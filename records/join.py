@@ -83,9 +83,9 @@ class Chain:
             check_numbers(self.progress, "log_bytes", "ranks", "threads")
             check_numbers(self.progress, "seconds", "compile_seconds", kind=float)
             log = read_plain(folder / "log.txt", MAX_LOG_BYTES)[: self.progress["log_bytes"]]
-            source, _, lines = split_log(log)
+            sources, lines = split_log(log)
             self.source_part = log[: len(log) - len(lines)]
-            self.source_sha256 = hashlib.sha256(source).hexdigest()
+            self.sources_sha256 = " ".join(source.sha256 for source in sources)
             self.lines = lines.decode()
             self.weights = [self.find_weights(k) for k in range(self.config["members"])]
         except OSError as e:
@@ -93,7 +93,7 @@ class Chain:
         except (ValueError, KeyError, TypeError) as e:
             what = printable(f"{type(e).__name__}: {e}"[:200])
             raise Refused(f"{folder}: damaged, or of another kind of script ({what})")
-        if self.state["source"] != self.source_sha256:
+        if self.state["source"] != self.sources_sha256:
             raise Refused(f"{folder}: its log and its checkpoint are of different scripts")
         if self.config["chains"] != 1 or self.config["student"]:
             raise Refused(f"{folder}: has chains or a student already")
@@ -108,7 +108,13 @@ class Chain:
     def recipe(self):
         """What must be the same in all chains: everything but the seed."""
         config = self.config | {"seed": None}
-        return config, self.stored["data"], self.stored["steps"], self.stored.get("trial"), self.source_sha256
+        return (
+            config,
+            self.stored["data"],
+            self.stored["steps"],
+            self.stored.get("trial"),
+            self.sources_sha256,
+        )
 
     def seeds(self):
         """Of its members, as the training script derives them."""

@@ -272,24 +272,63 @@ SOURCE_HEADER = re.compile(r"==== source ([^ ]*) bytes=([0-9]{1,9}) sha256=([^ ]
 SOURCE_END = b"\n==== end of source\n"
 
 
-def split_log(log):
-    """(source, name of the script, rest of the log) from the bytes of a log.txt. ValueError if it is no log.
+# What a script may bring along: the file that it is run by. Older scripts, and those of other houses, are
+# whole by themselves.
+HARNESS = "harness.py"
 
-    The header states the length and the sha256 of the source, and an end mark follows it. Nothing is searched
-    for inside the source, so it may contain any line.
+
+class Source(NamedTuple):
+    """A source at the head of a log. content: None where the log was kept without it (baselines and
+    ablations); sha256 is then what its header claims."""
+
+    name: str
+    sha256: str
+    content: bytes | None
+
+
+def split_log(log):
+    """(Sources, rest of the log) from the bytes of a log.txt: the script, and HARNESS if the script has one.
+    ValueError if it is no log.
+
+    Each header states the length and the sha256 of its source, and an end mark follows that. Nothing is
+    searched for inside a source, so it may contain any line.
     """
+    script, rest = split_source(log)
+    if not rest.startswith(b"==== source "):
+        return [script], rest
+    harness, rest = split_source(rest)
+    if harness.name != HARNESS:
+        raise ValueError(f"its second source is {printable(harness.name[:80])}, not {HARNESS}")
+    return [script, harness], rest
+
+
+def split_source(log):
+    """(the Source with which a log or its rest begins, what follows)"""
     header, _, rest = log.partition(b"\n")
     found = SOURCE_HEADER.fullmatch(header.decode("utf-8", "replace"))
     if found:
         name, length, claimed = found.groups()
-        source = rest[: int(length)]
+        if rest.startswith(SOURCE_END[1:]):
+            return Source(name, claimed, None), rest[len(SOURCE_END) - 1 :]
+        content = rest[: int(length)]
         after = rest[int(length) :]
-        if len(source) == int(length) and after.startswith(SOURCE_END):
-            digest = hashlib.sha256(source).hexdigest()
+        if len(content) == int(length) and after.startswith(SOURCE_END):
+            digest = hashlib.sha256(content).hexdigest()
             if digest != claimed:
                 raise ValueError(f"the header of the source claims sha256 {claimed}, the source has {digest}")
-            return source, name, after[len(SOURCE_END) :]
+            return Source(name, digest, content), after[len(SOURCE_END) :]
     raise ValueError("does not begin with '==== source NAME bytes=N sha256=HEX' and a source of that length")
+
+
+def write_sources(folder, sources):
+    """Write a log's script, as script.py, and what it brings along into a folder. Returns the script's
+    path."""
+    for source in sources:
+        if source.content is None:
+            raise ValueError("its log was kept without the script; name a record or a run")
+        name = HARNESS if source.name == HARNESS else "script.py"
+        (folder / name).write_bytes(source.content)
+    return folder / "script.py"
 
 
 # Parts of a line. Numbers have bounds: somebody else wrote them, and one of 400 digits is read as infinity.
@@ -476,15 +515,12 @@ def parse_line(line):
 class Log(NamedTuple):
     """A log.txt.
 
-    source: of the script, as bytes; None where the log was kept without it (baselines and ablations).
-    source_sha256: as the first line tells it.
-    lines: what stands behind it, without what the model wrote. config: every field of the run's
-    configuration. data: what the run was trained on, or None. entries: what the lines say, in order.
+    sources: the Source of the script, and that of HARNESS if it has one. lines: what stands behind them,
+    without what the model wrote. config: every field of the run's configuration. data: what the run was
+    trained on, or None. entries: what the lines say, in order.
     """
 
-    source: bytes | None
-    source_sha256: str
-    script: str
+    sources: list
     lines: list
     config: dict
     data: dict | None
@@ -520,17 +556,7 @@ def read_log(path):
 
     OSError where it cannot be read, ValueError where it is no log or lacks its config line.
     """
-    content = read_plain(path, MAX_LOG_BYTES)
-    header, _, rest = content.partition(b"\n")
-    kept = SOURCE_HEADER.fullmatch(header.decode("utf-8", "replace"))
-    if kept and rest.startswith(SOURCE_END[1:]):
-        source = None
-        script = kept[1]
-        source_sha256 = kept[3]
-        rest = rest[len(SOURCE_END) - 1 :]
-    else:
-        source, script, rest = split_log(content)
-        source_sha256 = hashlib.sha256(source).hexdigest()
+    sources, rest = split_log(read_plain(path, MAX_LOG_BYTES))
     # The end of a log that is being written may be half a character.
     lines = rest.decode("utf-8", "replace").splitlines()
     # What the model wrote on its own is no part of what the log says.
@@ -545,4 +571,4 @@ def read_log(path):
         entry = parse_line(line)
         if entry is not None:
             entries.append(entry)
-    return Log(source, source_sha256, script, lines, config, json_line(lines, "data "), entries)
+    return Log(sources, lines, config, json_line(lines, "data "), entries)

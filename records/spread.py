@@ -68,7 +68,7 @@ def seed_groups(root, dataset):
             scores = log.of(Score)
             if not on_this or not scores:
                 continue
-            recipe = json.dumps([log.source_sha256, log.config | {"seed": None}], sort_keys=True)
+            recipe = json.dumps([log.sources[0].sha256, log.config | {"seed": None}], sort_keys=True)
             if recipe not in found and folder in MEASURED:
                 name = path.relative_to(root / "records").as_posix()
                 on_enough = log.config["train_tokens"] >= dataset["train_tokens"] / 4

@@ -14,8 +14,9 @@ given to every run below it, before its own. "patch: FILE" applies a patch besid
 all runs below it: techniques that were tried and are not in the script.
 
 Killed at any time, this goes on where it stopped. Started twice, the two share the work (one core each:
-taskset -c 0, taskset -c 1). A run's log is kept without the script's source; its first line has the sha256 of
-the train_gpt.py that ran, as the repository's history holds it, with the patch where there is one.
+taskset -c 0, taskset -c 1). A run's log is kept without the sources; their headers have the sha256 of the
+train_gpt.py and the harness.py that ran, as the repository's history holds them, with the patch where there
+is one.
 """
 
 import fcntl
@@ -132,7 +133,8 @@ def patched_script(patch):
     folder = ROOT / "runs" / "patched" / patch.stem
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / "train_gpt.py"
-    script.write_bytes((ROOT / "train_gpt.py").read_bytes())
+    for name in ("train_gpt.py", "harness.py"):
+        (folder / name).write_bytes((ROOT / name).read_bytes())
     if not (folder / "data").exists():
         (folder / "data").symlink_to(ROOT / "data")
     # Outside of any repository, for otherwise git looks for the file from its root on.
@@ -165,15 +167,17 @@ def train(folder, name, options, kept, patch):
     else:
         train_run(run, options)
     log = (run / "log.txt").read_bytes()
-    header, _, _ = log.partition(b"\n")
-    _, _, rest = split_log(log)
+    sources, rest = split_log(log)
     if folder.parent.name == "ablations":
         # There are many short runs: every fiftieth step is enough. Their losses are compared block by block.
         rest = re.sub(rb"^(?:member \d+ )?step (\d+)/.*\n", every_fiftieth, rest, flags=re.MULTILINE)
         np.save(folder / f"{name}.npy", read_npy(run / "val_nll.npy", 1 << 24))
     # A log that is there is complete.
     tmp = kept.with_suffix(".tmp")
-    tmp.write_bytes(header + SOURCE_END + rest)
+    heads = []
+    for source in sources:
+        heads.append(f"==== source {source.name} bytes={len(source.content)} sha256={source.sha256}".encode())
+    tmp.write_bytes(b"".join(head + SOURCE_END for head in heads) + rest)
     tmp.replace(kept)
 
 

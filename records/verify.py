@@ -6,7 +6,6 @@ it follows from the files, and the files count if they keep the rules of tracks.
 """
 
 import datetime
-import hashlib
 import math
 import os
 import re
@@ -246,6 +245,8 @@ def wrong_types(record, tested):
         for name, kind in claims.items():
             if not has_type(run[name], kind):
                 broken.append(f"{name} of run {i} is not a {kind.__name__} or is out of range")
+        if type(run.get("harness_sha256", "")) is not str:  # only a script with a harness claims one
+            broken.append(f"harness_sha256 of run {i} is not a str")
     return broken
 
 
@@ -327,8 +328,8 @@ def verify_runs_differ(faults, runs, tested):
         values = [run[what] for run in runs]
         different = len(values) > 0 and len(set(values)) == len(values)
         expect(different, f"the runs' {what} must differ, they are {values}")
-    scripts = {run["source_sha256"] for run in runs}
-    expect(len(scripts) == 1, "the runs are of different scripts (source_sha256)")
+    scripts = {(run["source_sha256"], run.get("harness_sha256")) for run in runs}
+    expect(len(scripts) == 1, "the runs are of different scripts (source_sha256, harness_sha256)")
     files = ["log", "val_nll"]
     if tested:
         files.append("test_nll")
@@ -551,13 +552,20 @@ def verify_log(faults, path, run, dataset, hashes):
     except (KeyError, TypeError) as e:
         expect(False, f"lacks its data line, or what belongs in it or in config ({type(e).__name__}: {e})")
         return None
-    if not expect(log.source is not None, "lacks the source of the script"):
+    claims = [run["source_sha256"]]
+    if "harness_sha256" in run:
+        claims.append(run["harness_sha256"])
+    if not expect(len(log.sources) == len(claims), "record.json tells of another number of sources"):
         return log.config
-    size = len(log.source)
-    expect(size <= MAX_SOURCE_BYTES, f"its source has {size:,} bytes, {MAX_SOURCE_BYTES:,} are the most")
-    digest = hashlib.sha256(log.source).hexdigest()
-    right = run["source_sha256"] == digest
-    faults.expect(right, "record.json", "source_sha256", run["source_sha256"], f"{digest} in {path.name}")
+    for source, name, claimed in zip(log.sources, ("source_sha256", "harness_sha256"), claims):
+        if not expect(source.content is not None, f"lacks the source of {source.name}"):
+            return log.config
+        size = len(source.content)
+        expect(
+            size <= MAX_SOURCE_BYTES, f"{source.name} has {size:,} bytes, {MAX_SOURCE_BYTES:,} are the most"
+        )
+        found = f"{source.sha256} in {path.name}"
+        faults.expect(claimed == source.sha256, "record.json", name, claimed, found)
     for what in ("track", "seed", "train_tokens"):
         claimed = log.config.get(what)
         expect(claimed == run[what], f"{what} of the config", claimed, f"{run[what]} in record.json")

@@ -12,7 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from audit import Audit, Scorer, run_limited
-from reading import Refused, expected_hashes, read_json, read_shard, write_json, write_shard
+from reading import Refused, expected_hashes, read_json, read_shard, write_json, write_shard, write_sources
 from walls import walled
 
 
@@ -33,8 +33,7 @@ class Workshop:
         self.log = log
         self.seconds = seconds
         self.hidden = [root / "data"]
-        self.script = self.given / "script.py"
-        self.script.write_bytes(log.source)
+        self.script = write_sources(self.given, log.sources)
         self.dataset = tracks["datasets"][dataset_name]
         self.data = root / "data" / dataset_name
         prepare = [sys.executable, str(root / "data" / "prepare.py"), dataset_name]

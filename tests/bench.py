@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import harness
 import train_gpt as t  # first: it sets up OpenMP before torch is imported
 
 import torch  # isort: skip
@@ -107,7 +108,7 @@ def make_step(which, c, m):
 
 def tokenrun_step(which, c, m, inputs, n_rows):
     m = dataclasses.replace(m, reasons={})
-    t.set_compiled(m, "on" if which.endswith("compiled") else "off")
+    harness.set_compiled(m, "on" if which.endswith("compiled") else "off")
     p = {name: w.to(m.device).requires_grad_() for name, w in t.init_params(c).items()}
     optimizer = t.MuonAdamW(p, c, m)
     phase = t.phase_schedule(1.0, c)
@@ -213,9 +214,9 @@ def objective_cost(c, m, n_rounds):
 def plain_loss(c, m, lr):
     """Validation loss of the plain model after one epoch of the pocket track: AdamW (0.9, 0.95), weight decay
     0.1, a tenth of warmup, cosine to zero, gradients clipped at 1."""
-    folder = t.data_folder(c)
-    train_tokens = t.read_shard(folder / "train.bin", c.vocab_size)
-    val_tokens = t.read_shard(folder / "val.bin", c.vocab_size)
+    folder = harness.data_folder(c)
+    train_tokens = harness.read_shard(folder / "train.bin", c.vocab_size)
+    val_tokens = harness.read_shard(folder / "val.bin", c.vocab_size)
     loader = t.Loader(train_tokens[:, None], c)
     torch.manual_seed(c.seed)
     model = PlainGPT(c).to(m.device)
@@ -292,13 +293,13 @@ def main():
     parser.add_argument("--memory_of", help=argparse.SUPPRESS)
     own, rest = parser.parse_known_args()
     try:
-        given, args = t.parse_args(rest)
-        c = t.make_config({"track": "pocket", "members": 1, "bag_until": 0.0} | given)
-        m = t.setup_machine(c, args)
+        given, args = harness.parse_args(rest)
+        c = harness.make_config({"track": "pocket", "members": 1, "bag_until": 0.0} | given)
+        m = harness.setup_machine(c, args)
         if own.loss:
-            meta = t.read_json(t.find_data(c, m) / "meta.json", t.check_meta)
-            c = dataclasses.replace(t.with_vocabulary(c, meta), epochs=1.0)
-    except t.UserError as e:
+            meta = harness.read_json(harness.find_data(c, m) / "meta.json", harness.check_meta)
+            c = dataclasses.replace(harness.with_vocabulary(c, meta), epochs=1.0)
+    except harness.UserError as e:
         sys.exit(f"bench.py: {e}")
     if own.loss:
         plain_loss(c, m, own.loss)
@@ -306,12 +307,12 @@ def main():
     if own.memory_of:
         print(json.dumps(peak_memory(own.memory_of, with_vocabulary(c, own.memory_vocab), m)))
         return
-    t.set_compiled(m, args.compile)
-    vocab_size = own.vocab or t.read_rules(c.track).get("vocab_size", 50257)
+    harness.set_compiled(m, args.compile)
+    vocab_size = own.vocab or harness.read_rules(c.track).get("vocab_size", 50257)
     shape = f"{c.n_layer} layers, width {c.n_embd}, {c.n_head} heads, SwiGLU {c.mlp_hidden}"
     print(f"{shape}, {c.batch_tokens:,} tokens a step in sequences of {c.seq_len}")
     reasons = "; ".join(f"{choice}: {reason}" for choice, reason in m.reasons.items())
-    print(f"{t.hardware(m)}, {torch.get_num_threads()} threads, torch {torch.__version__}; {reasons}")
+    print(f"{harness.hardware(m)}, {torch.get_num_threads()} threads, torch {torch.__version__}; {reasons}")
     print(f"\nspeed, vocabulary {vocab_size:,}, a whole step with its optimizer")
     c = with_vocabulary(c, vocab_size)
     speed(c, m, own.rounds, args.steps or 4)

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import harness
 import train_gpt as t
 
 # Buffers of [tokens of a chunk, vocabulary] that a compiled chunk_grad() allocates, in its dtype and in
@@ -124,8 +125,9 @@ def step_memory(model, m):
         tracker.peak = max(peak, tracker.peak)
         return out
 
-    block = compiled_block(tracker) if m.compiled else t.block
-    m = dataclasses.replace(m, attention="sdpa", chunk_grad=watched_chunk, block=block)
+    m = dataclasses.replace(m, attention="sdpa")
+    m.functions.chunk_grad = watched_chunk
+    m.functions.block = compiled_block(tracker) if m.compiled else t.block
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
 
         def weights_of(c):
@@ -155,17 +157,16 @@ def step_memory(model, m):
 def largest_model(c, n_ranks=1, compiled=True, attention="varlen"):
     """(the last PlannedModel of a run, which has teachers if any has, and a rank's Machine)."""
     dtype = torch.float32 if c.dtype == "fp32" else torch.bfloat16
-    chunk_grad = t.chunk_grad
-    m = t.Machine(torch.device("cpu"), dtype, 0, n_ranks, attention, compiled, t.block, chunk_grad)
+    m = harness.Machine(torch.device("cpu"), dtype, 0, n_ranks, attention, compiled)
     # As few tokens as keep every phase: how many there are costs no memory, but time to look through.
     c = dataclasses.replace(c, train_tokens=4 * c.batch_tokens)
-    return t.plan_without_data(c, m)[-1], m
+    return harness.plan_without_data(c, m)[-1], m
 
 
 def preset(track, **changes):
     """(Config, number of GPUs) of a track, without its data."""
-    c = t.make_config({"track": track} | changes)
-    rules = t.read_rules(track)
+    c = harness.make_config({"track": track} | changes)
+    rules = harness.read_rules(track)
     vocab_size = rules.get("vocab_size", 50257)
     return dataclasses.replace(c, vocab_size=vocab_size, bos_id=vocab_size - 1), rules.get("max_ranks", 1)
 
@@ -177,7 +178,7 @@ def main():
         with fake_ranks(n_ranks):
             model, m = largest_model(c, n_ranks)
             simulated = step_memory(model, m)
-        estimated = t.memory_estimate(model, m)
+        estimated = harness.memory_estimate(model, m)
         estimated["peak"] = sum(estimated.values())
         print(f"{track} on {n_ranks}:")
         for name, kinds in (

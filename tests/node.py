@@ -31,14 +31,14 @@ from pathlib import Path
 import numpy as np
 
 import bench
-from bench import t  # train_gpt.py, imported before torch
+from bench import harness, t  # train_gpt.py, imported before torch
 from runs import ROOT, SIZES
 
 import torch  # isort: skip
 import torch.distributed as dist  # isort: skip
 
 ON_GPU = torch.cuda.is_available()
-TRACKS = [track for track in t.PRESETS if "max_ranks" in t.read_rules(track)]
+TRACKS = [track for track in t.PRESETS if "max_ranks" in harness.read_rules(track)]
 RANKS_OF_A_NODE = 8
 SKIPPED = 3
 
@@ -66,15 +66,15 @@ def words(options):
 
 def ranks_of(track):
     """GPUs of a node that train one of the track's models."""
-    return min(t.read_rules(track)["max_ranks"], RANKS_OF_A_NODE)
+    return min(harness.read_rules(track)["max_ranks"], RANKS_OF_A_NODE)
 
 
 def recipe(track, n_ranks, steps, data):
     """Options that cut a track's recipe down: its models in their size, its batches as large for each of
     n_ranks GPUs as for each of the track's, other data, as few steps and evaluations as show every phase. Of
     an ensemble two members, so that one has a teacher."""
-    c = t.make_config({"track": track, "data": data})
-    n_tokens = json.loads((t.data_folder(c) / "meta.json").read_text())["tokens"]["train"]
+    c = harness.make_config({"track": track, "data": data})
+    n_tokens = json.loads((harness.data_folder(c) / "meta.json").read_text())["tokens"]["train"]
     options = {"track": track, "data": data}
     options["batch_tokens"] = c.batch_tokens * n_ranks // ranks_of(track)
     if not ON_GPU:
@@ -87,20 +87,20 @@ def comparable(data):
     """Options of runs that are to agree on any number of ranks: `mini`, without what each rank draws for
     itself, in micro-batches of one size on all of them."""
     options = recipe("mini", 1, COMPARED_STEPS, data) | {"dropout": 0.0}
-    c = t.make_config(options)
+    c = harness.make_config(options)
     return options | {"device_tokens": max(c.seq_len, c.batch_tokens // RANKS_OF_A_NODE)}
 
 
 def planned(options, n_ranks, steps=None):
     """(the models that these options train, a rank's Machine). Needs no data."""
-    c = t.with_expected_vocabulary(t.make_config(options))
-    m = t.Machine(torch.device("cpu"), torch.bfloat16, 0, n_ranks)
-    return t.plan_without_data(c, m, steps), m
+    c = harness.with_expected_vocabulary(harness.make_config(options))
+    m = harness.Machine(torch.device("cpu"), torch.bfloat16, 0, n_ranks)
+    return harness.plan_without_data(c, m, steps), m
 
 
 def memory_gb(plan, m):
     """GB that a rank holds at the most, by --dry_run's formula."""
-    return max(sum(t.memory_estimate(model, m).values()) for model in plan)
+    return max(sum(harness.memory_estimate(model, m).values()) for model in plan)
 
 
 def torchrun(n_ranks, *argv):
@@ -239,7 +239,7 @@ def checkpoint_bytes(track, n_ranks):
     """(most bytes that a run's folder takes, bytes of the host's memory): two checkpoints and the next, all
     models' weights; one checkpoint in memory, and what each process takes anyway."""
     plan, m = planned({"track": track} | ({} if ON_GPU else TOY), n_ranks)
-    state = 1e9 * n_ranks * max(t.shard_size(model, m) for model in plan)
+    state = 1e9 * n_ranks * max(harness.shard_size(model, m) for model in plan)
     weights = sum(4 * t.n_params(model.c) for model in plan)
     process = 4e9 if ON_GPU else 0.4e9  # assumed
     return 3 * state + weights, state + n_ranks * process
@@ -256,9 +256,9 @@ def this_machine(options):
         try:
             torch.cuda.init()
         except (RuntimeError, AssertionError) as e:
-            error = t.first_line(e)
+            error = harness.first_line(e)
     needs = [checkpoint_bytes(track, options.n_ranks) for track in options.tracks]
-    folder = t.data_folder(t.make_config({"data": options.data}))
+    folder = harness.data_folder(harness.make_config({"data": options.data}))
     # pocket's shards are made on the spot
     has_data = options.data == "pocket" or (folder / "meta.json").exists()
     drivers, broken = query_gpus("driver_version")
@@ -299,9 +299,9 @@ def check(options):
     if found:
         sys.exit(2)
     if machine.data == "pocket":
-        t.find_data(t.Config(), t.Machine(torch.device("cpu"), torch.float32))
+        harness.find_data(t.Config(), harness.Machine(torch.device("cpu"), torch.float32))
     m = one_rank()
-    say(f"{t.hardware(m)}, {os.cpu_count()} cores; {m.reasons['attention']}")
+    say(f"{harness.hardware(m)}, {os.cpu_count()} cores; {m.reasons['attention']}")
     product = bench.matrix_product(m)
     say(f"a matrix product in {m.reasons['dtype']}: {product / 1e12:.4g} TFLOP/s")
     (options.folder / "product.json").write_text(json.dumps(product))
@@ -309,8 +309,8 @@ def check(options):
 
 def one_rank():
     """The script's Machine of this process alone."""
-    given, args = t.parse_args([] if ON_GPU else TOY_COMMAND)
-    return t.setup_machine(t.make_config({"track": "mini"} | given), args)
+    given, args = harness.parse_args([] if ON_GPU else TOY_COMMAND)
+    return harness.setup_machine(harness.make_config({"track": "mini"} | given), args)
 
 
 # ---- attention
@@ -347,7 +347,7 @@ def attention(options):
             try:
                 got = outputs(kind, window, m.dtype)
             except Exception as e:  # whatever a missing kernel raises
-                say(f"{kind}, window {window}: {t.first_line(e)}")
+                say(f"{kind}, window {window}: {harness.first_line(e)}")
                 failed = True
                 continue
             errors = [((a - b).norm() / b.norm()).item() for a, b in zip(got, expected)]
@@ -415,7 +415,7 @@ def resume(options):
     command = torchrun(n_ranks, ROOT / "train_gpt.py", *argv)
     command.insert(command.index("--standalone"), "--max-restarts=1")
     with running(command) as process:
-        while not t.saved(run, t.INDEX_FILE) and process.poll() is None:
+        while not harness.saved(run, harness.INDEX_FILE) and process.poll() is None:
             time.sleep(0.001)
         ranks_left = children(process.pid)
         if not ranks_left:
@@ -439,15 +439,15 @@ def resume(options):
 def gpu_gb():
     """Of one GPU; without one, of those that the tracks are made for."""
     if not ON_GPU:
-        return t.GPU_GB
+        return harness.GPU_GB
     return torch.cuda.get_device_properties(0).total_memory / 1e9
 
 
 def require_memory(track, plan, m):
     """Leave the step out where the track's recipe does not fit in a GPU."""
     needed = memory_gb(plan, m)
-    if needed + t.RESERVE_GB > gpu_gb():
-        needs = f"{needed:.1f} GB by --dry_run, and {t.RESERVE_GB} in reserve"
+    if needed + harness.RESERVE_GB > gpu_gb():
+        needs = f"{needed:.1f} GB by --dry_run, and {harness.RESERVE_GB} in reserve"
         say(f"{track} on {m.world_size} GPU(s): needs {needs}; a GPU has {gpu_gb():.1f}")
         sys.exit(SKIPPED)
 
@@ -493,12 +493,12 @@ def preset(options):
         per_gpu = flops / taken / n_ranks
         say(
             f"{track}: {taken:.3f} s for a step of {flops:.4g} FLOPs on {n_ranks} rank(s), away from saves: "
-            f"{per_gpu / 1e12:.4g} TFLOP/s each, {per_gpu / t.GPU_FLOPS:.1%} of an H100's "
-            f"{t.GPU_FLOPS / 1e12:.0f}, {per_gpu / product:.1%} of a matrix product's here"
+            f"{per_gpu / 1e12:.4g} TFLOP/s each, {per_gpu / harness.GPU_FLOPS:.1%} of an H100's "
+            f"{harness.GPU_FLOPS / 1e12:.0f}, {per_gpu / product:.1%} of a matrix product's here"
         )
     after_saves = ", ".join(f"{taken:.3f}" for taken in seconds_after_saves(entries, plan))
-    shard = max(t.shard_size(model, m) for model in plan)
-    copy = f"{shard * t.COPY_SECONDS_PER_GB:.3f} s by --dry_run for a copy of {shard:.2f} GB"
+    shard = max(harness.shard_size(model, m) for model in plan)
+    copy = f"{shard * harness.COPY_SECONDS_PER_GB:.3f} s by --dry_run for a copy of {shard:.2f} GB"
     say(f"{track}: steps after a save {after_saves} s; {copy}")
     peak = re.search(r"peak memory (\d+) MiB", (run / "log.txt").read_text())
     peak = int(peak[1]) * 2**20 / 1e9
@@ -532,22 +532,23 @@ def profile(options):
     if "RANK" not in os.environ and n_ranks > 1:
         with running(torchrun(n_ranks, __file__, *sys.argv[1:])) as process:
             sys.exit(process.wait())
-    given, args = t.parse_args([*words(cut), *([] if ON_GPU else TOY_COMMAND)])
-    c = t.make_config(given)
-    m = t.setup_machine(c, args)
-    t.set_compiled(m, args.compile)
-    folder = t.find_data(c, m)
-    c = t.with_vocabulary(c, t.read_json(folder / "meta.json", t.check_meta))
-    tokens = t.read_shard(folder / "train.bin", c.vocab_size)[: c.train_tokens]
+    given, args = harness.parse_args([*words(cut), *([] if ON_GPU else TOY_COMMAND)])
+    c = harness.make_config(given)
+    m = harness.setup_machine(c, args)
+    harness.set_compiled(m, args.compile)
+    folder = harness.find_data(c, m)
+    c = harness.with_vocabulary(c, harness.read_json(folder / "meta.json", harness.check_meta))
+    tokens = harness.read_shard(folder / "train.bin", c.vocab_size)[: c.train_tokens]
     plan = t.training_plan(c, t.Lookup(tokens, c).training_inputs(), m, options.steps)
     model = plan[-1]
-    t.compile_all([model], m)
-    p, teacher = t.made_up_weights(model, m)
+    harness.compile_all([model], m)
+    p, teacher = harness.made_up_weights(model, m)
     optimizer = t.MuonAdamW(p, c, m)
+    batch = model.batches.batch(options.steps - 1)
 
     def steps(n):
         for _ in range(n):
-            t.train_step(p, optimizer, model, options.steps - 1, m, teacher)
+            t.train_step(p, optimizer, model, options.steps - 1, batch, m, teacher)
 
     steps(2)
     n_steps = 3
@@ -556,7 +557,7 @@ def profile(options):
         taken = bench.seconds_of(lambda: steps(n_steps), m)
     if m.is_main:
         report_profile(profiler.key_averages(), taken, n_steps)
-    t.barrier(m)
+    harness.barrier(m)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -583,22 +584,22 @@ def verdict_on(track, measured):
     n_ranks = ranks_of(track)
     plan, m = planned({"track": track}, n_ranks)
     c = plan[0].c
-    cap = t.read_rules(track)["max_seconds"]
+    cap = harness.read_rules(track)["max_seconds"]
     # On fewer GPUs, each has had the share of one of the track's.
     per_flop = measured["seconds_per_flop"] * measured["n_ranks"] / n_ranks
     startup = measured["startup"]
-    beside = startup + t.seconds_left(plan, 0, 0.0, m)
-    seconds = startup + t.seconds_left(plan, 0, per_flop, m)
-    allowed = t.FIT_SHARE * cap
+    beside = startup + harness.seconds_left(plan, 0, 0.0, m)
+    seconds = startup + harness.seconds_left(plan, 0, per_flop, m)
+    allowed = harness.FIT_SHARE * cap
     lines = [f"{track}: {seconds:,.0f} s of {cap:,} on {n_ranks} GPU(s), from {measured['n_ranks']} measured"]
     if seconds > allowed:
         missed = f"{seconds - cap:,.0f} s too long" if seconds > cap else "too close to the limit"
         faster = (seconds - beside) / (allowed - beside) - 1
         try:
-            fitted, then = t.shortened(c, m, cap, startup, per_flop)
+            fitted, then = harness.shortened(c, m, cap, startup, per_flop)
             remedy = f"--epochs {fitted.epochs:g} instead of {c.epochs:g} takes {then:,.0f} s; --fit finds it"
             lines.append(f"  {missed}: {remedy}; at steps {faster:.1%} faster all of them would fit")
-        except t.UserError as e:
+        except harness.UserError as e:
             lines.append(f"  {missed}: {e}")
     if measured["gpu"]:
         lines += memory_verdict(c, plan, m, measured)
@@ -607,7 +608,7 @@ def verdict_on(track, measured):
 
 def memory_verdict(c, plan, m, measured):
     off = measured["peak"] / measured["estimated"]
-    limit = measured["gpu"] - t.RESERVE_GB
+    limit = measured["gpu"] - harness.RESERVE_GB
     needed = off * memory_gb(plan, m)
     line = f"  {needed:.1f} GB of {measured['gpu']:.1f}; measured {off:.2f} times what --dry_run says"
     if needed <= limit:
@@ -619,7 +620,7 @@ def memory_verdict(c, plan, m, measured):
     if needed > limit:
         return [line, "  too much with any --device_tokens: lower --n_embd or --n_layer"]
     remedy = f"--device_tokens {device_tokens} instead of {c.device_tokens} takes {needed:.1f} GB"
-    return [line, f"  leaves less than {t.RESERVE_GB} GB: {remedy}"]
+    return [line, f"  leaves less than {harness.RESERVE_GB} GB: {remedy}"]
 
 
 def verdict(options):
@@ -662,9 +663,9 @@ def main():
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     try:
         for track in options.tracks:
-            t.require(track in TRACKS, f"{track}: no track for GPUs; choose from {', '.join(TRACKS)}")
+            harness.require(track in TRACKS, f"{track}: no track for GPUs; choose from {', '.join(TRACKS)}")
         STEPS[options.step](options)
-    except t.UserError as e:
+    except harness.UserError as e:
         say(f"node.py: {e}")
         sys.exit(e.status)
 

@@ -8,6 +8,7 @@ import os
 import numpy as np
 import torch
 
+import harness
 import runs
 import train_gpt as t
 from runs import ROOT, TINY
@@ -46,13 +47,13 @@ def float64():
     """Let the script compute in float64 whatever it computes in float32."""
     to_float32 = torch.Tensor.float
     default = torch.get_default_dtype()
-    t.torch = Float64Torch()
+    t.torch = harness.torch = Float64Torch()
     torch.Tensor.float = torch.Tensor.double
     torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
-        t.torch = torch
+        t.torch = harness.torch = torch
         torch.Tensor.float = to_float32
         torch.set_default_dtype(default)
 
@@ -62,6 +63,7 @@ def float64():
 FLOAT64_PROCESS = """
 import torch._dynamo
 import reference
+import harness
 import train_gpt as t
 context = reference.float64()
 context.__enter__()
@@ -71,14 +73,14 @@ context.__enter__()
 # elsewhere.
 QUICK_END = """
 t.sample = lambda *args: []
-t.ask_referee = lambda *args: None
+harness.ask_referee = lambda *args: None
 """
 
 
 def make_machine(**changes):
     """A GPU where there is one, float32 (or float64, see above), nothing compiled."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    m = t.Machine(device, t.torch.float32, block=t.block, chunk_grad=t.chunk_grad)
+    m = harness.Machine(device, t.torch.float32)
     for name, value in changes.items():
         setattr(m, name, value)
     return m
@@ -128,15 +130,15 @@ def head_logits(h, w, c):
 def run_main(*argv):
     """Run a command line of the imported script, whose functions a test may have replaced. Returns (exit
     status, what it printed, what it printed as errors)."""
-    functions = t.sample, t.ask_referee
-    exec(QUICK_END, {"t": t})
+    functions = t.sample, harness.ask_referee
+    exec(QUICK_END, {"t": t, "harness": harness})
     out = io.StringIO()
     err = io.StringIO()
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = runs.in_this_process(t.main, [ROOT / "train_gpt.py", *argv])
+            status = runs.in_this_process(harness.main, [ROOT / "train_gpt.py", *argv])
     finally:
-        t.sample, t.ask_referee = functions
+        t.sample, harness.ask_referee = functions
     return status, out.getvalue(), err.getvalue()
 
 
@@ -149,7 +151,7 @@ def environment(**changes):
 def weights_of(run):
     """Weights of all models of a run, under numbered names."""
     found = {}
-    for i, path in enumerate(t.saved(run, t.WEIGHTS_FILE)):
-        for name, w in t.load_tensors(path)["params"].items():
+    for i, path in enumerate(harness.saved(run, harness.WEIGHTS_FILE)):
+        for name, w in harness.load_tensors(path)["params"].items():
             found[f"{i} {name}"] = w
     return found

@@ -103,6 +103,8 @@ def in_this_process(run, argv):
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     sys.argv = [str(word) for word in argv]
     sys.path.insert(0, str(Path(argv[0]).parent))
+    # A process of its own would import what lies beside the script, too.
+    imported = sys.modules.pop("harness", None)
     # A script that does not handle SIGTERM is ended by it, and pytest is not.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
     try:
@@ -114,6 +116,9 @@ def in_this_process(run, argv):
             print(status, file=sys.stderr)
             status = 1
     finally:
+        sys.modules.pop("harness", None)
+        if imported:
+            sys.modules["harness"] = imported
         sys.argv = argv_before
         sys.path[:] = path_before
         torch.set_num_threads(threads)
@@ -295,7 +300,7 @@ def record_of(run):
 
 def log_lines(run):
     """Lines of a run's log after the script's source."""
-    return audit.split_log((run / "log.txt").read_bytes())[2].decode().splitlines()
+    return audit.split_log((run / "log.txt").read_bytes())[1].decode().splitlines()
 
 
 def has_logged(run, text):

@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 
+import harness
 import reading
 import train_gpt as t
 from reference import config, run_main
@@ -22,8 +23,8 @@ CAP = 1_000_000  # seconds, so many that what a machine really takes does not ma
 @pytest.fixture
 def capped(monkeypatch):
     """The track has a limit in seconds."""
-    monkeypatch.setattr(t, "read_rules", lambda track: {"max_seconds": CAP})
-    monkeypatch.setattr(t, "START", time.monotonic())
+    monkeypatch.setattr(harness, "read_rules", lambda track: {"max_seconds": CAP})
+    monkeypatch.setattr(harness, "START", time.monotonic())
 
 
 @pytest.fixture
@@ -31,21 +32,21 @@ def clock(monkeypatch):
     """The script's clock, which runs on when a test adds to clock.ahead."""
     clock = types.SimpleNamespace(ahead=0.0, **vars(time))
     clock.monotonic = lambda: time.monotonic() + clock.ahead
-    monkeypatch.setattr(t, "time", clock)
+    monkeypatch.setattr(harness, "time", clock)
     return clock
 
 
 def made_up_plan(c):
-    m = t.Machine(torch.device("cpu"), torch.float32)
+    m = harness.Machine(torch.device("cpu"), torch.float32)
     return t.training_plan(c, torch.zeros(c.train_tokens, 1, dtype=torch.int16).numpy(), m), m
 
 
 def test_seconds_left_are_those_of_steps_evaluations_and_checkpoints(monkeypatch):
     """Of two members, from a step of the first on, added up by hand."""
-    monkeypatch.setattr(t, "memory_estimate", lambda *args: {"optimizer": 1.0})
+    monkeypatch.setattr(harness, "memory_estimate", lambda *args: {"optimizer": 1.0})
     monkeypatch.setattr(t, "n_params", lambda c: 10**9)
-    monkeypatch.setattr(t, "COPY_SECONDS_PER_GB", 1000.0)
-    monkeypatch.setattr(t, "SAVE_SECONDS_PER_GB", 10.0)
+    monkeypatch.setattr(harness, "COPY_SECONDS_PER_GB", 1000.0)
+    monkeypatch.setattr(harness, "SAVE_SECONDS_PER_GB", 10.0)
     c = config(members=2, loop_times=1, epochs=1.0, evals=4, eval_windows=5, save_every=10, ema=0.0)
     (first, second), m = made_up_plan(c)
     m.world_size = 2  # each copies its share of the weights, 2 GB, and its state of the optimizer
@@ -56,14 +57,14 @@ def test_seconds_left_are_those_of_steps_evaluations_and_checkpoints(monkeypatch
     of_second = second.train_flops + 4 * evaluation
     saves = 2 + 3  # after every tenth step; after the last one, the final weights of 4 GB are written
     expected = 1e-6 * (of_first + of_second) + saves * 3 * 1000.0 + 2 * 4 * 10.0
-    assert t.seconds_left([first, second], 13, 1e-6, m) == pytest.approx(expected, rel=1e-12)
+    assert harness.seconds_left([first, second], 13, 1e-6, m) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_run_asks_after_a_hundred_steps(tiny_data, tmp_path, monkeypatch, clock):
     """Once, with the seconds on its clock and those that are left, at the speed so far."""
     asked = []
-    monkeypatch.setattr(t, "seconds_left", lambda plan, step, *rest: asked.append((step, *rest)) or 5e6)
-    monkeypatch.setattr(t, "ask_referee", lambda run, *argv: asked.append(argv))
+    monkeypatch.setattr(harness, "seconds_left", lambda plan, step, *rest: asked.append((step, *rest)) or 5e6)
+    monkeypatch.setattr(harness, "ask_referee", lambda run, *argv: asked.append(argv))
     monkeypatch.setattr(t, "sample", lambda *args: [])
     train_step = t.train_step
 
@@ -74,8 +75,8 @@ def test_a_run_asks_after_a_hundred_steps(tiny_data, tmp_path, monkeypatch, cloc
     monkeypatch.setattr(t, "train_step", slow_step)
     run = tmp_path / "run"
     argv = [*options(**TINY | dict(epochs=2.7, save_every=1000), data=tiny_data), "--run_dir", run, *PLAIN]
-    given, args = t.parse_args(list(map(str, argv)))
-    t.train_command(given, args)
+    given, args = harness.parse_args(list(map(str, argv)))
+    harness.train_command(given, args)
     flops, (step, speed, _), answer, end = asked
     assert flops[0] == "--flops" and step == 100 and end == ()
     record = record_of(run)
@@ -92,33 +93,33 @@ def test_fit_finds_the_most_epochs(monkeypatch, capped, clock):
     """By the slowest phase, beside what startup took; and a recipe that fits stays as it is."""
     c = config(**FIT | dict(loop_times=1, loop_first=1, loop_last=1, loop_from=0.5))
     (model,), m = made_up_plan(c)
-    t.set_compiled(m, "off")
+    harness.set_compiled(m, "off")
     per_flop = 1.5 * CAP / model.train_flops  # of the looped phase; the other is twice as fast
     longer = max(model.step_flops)
 
-    def train_step(p, optimizer, model, step, m, teacher):
+    def train_step(p, optimizer, model, step, batch, m, teacher):
         slow = model.step_flops[step] == longer
         clock.ahead += model.step_flops[step] * per_flop / (1 if slow else 2)
         return {"loss": torch.zeros(())}
 
     monkeypatch.setattr(t, "train_step", train_step)
     clock.ahead = startup = 0.2 * CAP
-    fitted, beside = t.fit(c, m)
+    fitted, beside = harness.fit(c, m)
     assert dataclasses.replace(fitted, epochs=3.0) == c
     (chosen,), _ = made_up_plan(fitted)
     room = 0.97 * CAP - startup
     (longer_by_a_step,), _ = made_up_plan(
         dataclasses.replace(fitted, epochs=fitted.epochs + 512 / c.train_tokens)
     )
-    assert t.seconds_left([chosen], 0, per_flop, m) <= room
-    assert t.seconds_left([longer_by_a_step], 0, per_flop, m) > room - 60  # a real minute of this test
+    assert harness.seconds_left([chosen], 0, per_flop, m) <= room
+    assert harness.seconds_left([longer_by_a_step], 0, per_flop, m) > room - 60  # a real minute of this test
     timed = 4 * per_flop * (longer + min(model.step_flops) / 2)
     assert beside == pytest.approx(timed, abs=60)
     assert f"{fitted.epochs:g} of 3 epochs" in m.reasons["fit"]
 
     clock.ahead = 0.0
     per_flop /= 2
-    assert t.fit(c, m)[0] == c
+    assert harness.fit(c, m)[0] == c
 
 
 def fit_run(data, run, *argv, **changes):
@@ -133,7 +134,7 @@ def test_a_fitted_run_and_its_rest(tiny_data, tmp_path, monkeypatch, capped, clo
         clock.ahead += 2e4
         return 1.94 * CAP / sum(model.train_flops for model in plan)
 
-    monkeypatch.setattr(t, "measure_speed", measure_speed)
+    monkeypatch.setattr(harness, "measure_speed", measure_speed)
     train_step = t.train_step
 
     def killed_at_twenty(p, optimizer, model, step, *rest):
@@ -191,7 +192,7 @@ def test_fit_that_cannot_be(tiny_data, tmp_path, argv, named):
 
 
 def test_a_model_that_never_fits(tiny_data, tmp_path, monkeypatch, capped):
-    monkeypatch.setattr(t, "measure_speed", lambda *args: 1e9)
+    monkeypatch.setattr(harness, "measure_speed", lambda *args: 1e9)
     status, out, err = fit_run(tiny_data, tmp_path / "run", "--fit")
     assert (status, out, err.count("\n")) == (2, "", 1) and "--fit" in err
     assert not (tmp_path / "run").exists()

@@ -108,10 +108,13 @@ def recipe_run(tiny_data, tmp_path_factory):
 
 def test_run_folder(finished_run, tiny_data):
     """The source, the steps and the result in the log; the same result in record.json and val_nll.npy."""
-    source, name, _ = reading.split_log((finished_run / "log.txt").read_bytes())
+    (script, *others), _ = reading.split_log((finished_run / "log.txt").read_bytes())
     record, meta = record_of(finished_run), json.loads((tiny_data / "meta.json").read_text())
-    assert source == SCRIPT.read_bytes() and name == SCRIPT.name
-    assert record["source_sha256"] == hashlib.sha256(source).hexdigest()
+    assert script.content == SCRIPT.read_bytes() and script.name == SCRIPT.name
+    assert record["source_sha256"] == hashlib.sha256(script.content).hexdigest()
+    for harness in others:
+        assert harness.content == SCRIPT.with_name("harness.py").read_bytes()
+        assert record["harness_sha256"] == hashlib.sha256(harness.content).hexdigest()
     assert record["data_sha256"] == meta["sha256"]
     sums = np.load(finished_run / "val_nll.npy", allow_pickle=False)
     assert sums.dtype == np.float64 and sums.shape == (4,)  # 3,010 tokens in blocks of 1,000

@@ -28,6 +28,7 @@ from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import harness
 import memory
 import train_gpt as t
 from reference import config, make_machine, make_params, random_tokens, run_main, trainable
@@ -173,7 +174,7 @@ LAYER = {False: [(7, 7, 541), (12, 13, 865)], True: [(7, 7, 548), (13, 13, 880)]
 def test_kernels_of_a_layer(written, has_skip):
     """A layer of `limited` with a short window, on one row of tokens: 7.3 MB of hidden states in bf16."""
     c, _ = memory.preset("limited", n_layer=2, loop_times=0)
-    m = t.Machine(torch.device("cpu"), torch.bfloat16)
+    m = harness.Machine(torch.device("cpu"), torch.bfloat16)
     T = c.seq_len
     with FakeTensorMode():
         p = {name: torch.empty(shape, requires_grad=True) for name, shape in t.param_shapes(c).items()}

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import harness
 import memory
 import train_gpt as t
 from reference import config, environment, make_machine, run_main, trainable
@@ -41,7 +43,7 @@ def test_formula_is_that_of_a_simulated_step(track):
     with memory.fake_ranks(n_ranks):
         model, m = memory.largest_model(c, n_ranks)
         simulated = memory.step_memory(model, m)
-    estimated = t.memory_estimate(model, m)
+    estimated = harness.memory_estimate(model, m)
     print({kind: size / 1e9 for kind, size in simulated.items()}, estimated)
     assert sum(estimated.values()) * 1e9 == pytest.approx(simulated["peak"], rel=0.1)
     assert estimated["weights"] * 1e9 == simulated["weights"]
@@ -58,7 +60,7 @@ def test_buffers_of_a_compiled_chunk(with_teacher):
     from torch._inductor.utils import run_and_get_code
 
     m = make_machine(device=torch.device("cpu"))
-    t.set_compiled(m, "auto")
+    harness.set_compiled(m, "auto")
     if not m.compiled:
         pytest.skip(f"nothing to count: {m.reasons['compiled']}")
     c = config(vocab_size=1003, distill_alpha=0.5)
@@ -66,7 +68,7 @@ def test_buffers_of_a_compiled_chunk(with_teacher):
     head = t.low_precision_head(torch.randn(1003, 16), torch.bfloat16)
     taught = (h, head) if with_teacher else ()
     targets = torch.zeros(24, 1, dtype=torch.long)
-    _, (code,) = run_and_get_code(m.chunk_grad, h, head, targets, torch.tensor(1.0), c, *taught)
+    _, (code,) = run_and_get_code(m.functions.chunk_grad, h, head, targets, torch.tensor(1.0), c, *taught)
     buffers = re.findall(r"empty_strided_cpu\(\(24, 100[38]\), \(\d+, 1\), torch\.(\w+)\)", code)
     reused = len(re.findall(r"(buf\d+) = (?!\1)buf\d+; del buf\d+  # reuse", code))
     n_low, n_float32 = memory.CHUNK_BUFFERS[with_teacher]
@@ -100,6 +102,7 @@ STACK = dict(
 MEASURE = f"""if True:
     import sys, pathlib
     import torch
+    import harness
     import train_gpt as t
     import memory
 
@@ -107,11 +110,11 @@ MEASURE = f"""if True:
         lines = pathlib.Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
-    c = t.make_config({STACK})
+    c = harness.make_config({STACK})
     torch.set_num_threads(1)
     model, m = memory.largest_model(c)
     m.attention = "sdpa"
-    t.set_compiled(m, sys.argv[1])
+    harness.set_compiled(m, sys.argv[1])
     phase = model.batches.phases[-1]
     x = torch.randint(7999, (c.device_tokens // c.seq_len, c.seq_len, 1))
 
@@ -136,7 +139,7 @@ MEASURE = f"""if True:
 
 
 def simulated(compiled, **changes):
-    c = t.make_config(STACK | changes)
+    c = harness.make_config(STACK | changes)
     model, m = memory.largest_model(c, compiled=compiled, attention="sdpa")
     return memory.step_memory(model, m)
 
@@ -162,7 +165,7 @@ def test_simulation_is_that_of_a_measured_process(compiled):
 def test_kinds_of_memory():
     eager = simulated(False)
     compiled = simulated(True)
-    n = t.n_params(t.make_config(STACK))
+    n = t.n_params(harness.make_config(STACK))
     assert eager["weights"] == eager["gradients"] == 4 * n
     assert eager["optimizer"] > 8 * n  # an average and a moment of each, and a second one of some
     assert compiled["activations"] < 0.95 * eager["activations"]
@@ -178,7 +181,7 @@ def test_a_student_costs_the_same_with_any_number_of_teachers():
     for n_teachers in (0, 1, 30):
         model, m = memory.largest_model(c, compiled=False, attention="sdpa")
         model.teachers = [model] * n_teachers
-        results.append((memory.step_memory(model, m), t.memory_estimate(model, m), model.train_flops))
+        results.append((memory.step_memory(model, m), harness.memory_estimate(model, m), model.train_flops))
     none, one, many = results
     assert one == many
     assert one[0]["weights"] == none[0]["weights"] + 4 * t.n_params(c)
@@ -200,7 +203,7 @@ def test_flops_are_those_of_the_record(tiny_data, finished_run):
 def test_every_preset(track, tmp_path):
     """Without its data, on as many GPUs as its track allows."""
     status, out, err = dry_run("--track", track, "--dry_run", "--data", f"{tmp_path}/none")
-    rules = t.read_rules(track)
+    rules = harness.read_rules(track)
     n = rules.get("max_ranks", 1)
     assert status == 0 and not err
     assert f"on {n} process(es)" in out
@@ -217,8 +220,10 @@ def test_the_least_utilization(track):
     c, n_ranks = memory.preset(track)
     m = make_machine(dtype=torch.bfloat16, world_size=n_ranks)
     plan = t.training_plan(c, torch.zeros(1, 1, dtype=torch.int16).expand(c.train_tokens, 1).numpy(), m)
-    seconds = t.STARTUP_SECONDS + t.seconds_left(plan, 0, 1 / (n_ranks * t.GPU_FLOPS * least), m)
-    assert seconds == pytest.approx(t.read_rules(track)["max_seconds"], rel=0.002)
+    seconds = harness.STARTUP_SECONDS + harness.seconds_left(
+        plan, 0, 1 / (n_ranks * harness.GPU_FLOPS * least), m
+    )
+    assert seconds == pytest.approx(harness.read_rules(track)["max_seconds"], rel=0.002)
     assert track != "solo" or least < 0.38
 
 
@@ -238,12 +243,13 @@ def test_what_cannot_be_divided_or_does_not_fit_is_one_line(argv, named):
 def test_a_new_option_needs_no_other_line(tmp_path):
     """A contestant's fields, of which nothing else in the script knows: an integer that may be 0, a number
     above 1, a negative one."""
-    source = t.SOURCE.decode()
+    source = (ROOT / "train_gpt.py").read_text()
     fields = "    n_shared: int = 0\n    z_scale: float = 2.0\n    shift: float = -1.0\n"
     changed = source.replace("    seed: int = 0\n", f"    seed: int = 0\n{fields}", 1)
     assert changed != source
     script = tmp_path / "train_gpt.py"
     script.write_text(changed)
+    shutil.copy(ROOT / "harness.py", tmp_path)
     options = ["--n_shared", "0", "--z_scale", "2.0", "--shift", "-3", "--dry_run"]
     argv = [sys.executable, script, *options]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=environment())
@@ -317,7 +323,7 @@ def test_bytes_that_a_rank_sends(ranks, tiny_data, monkeypatch):
 
     monkeypatch.setattr(t.dist, "reduce_scatter_single", reduce_scatter)
     monkeypatch.setattr(t.dist, "all_gather_single", all_gather)
-    m = t.Machine(torch.device("cpu"), torch.float32, world_size=ranks)
+    m = harness.Machine(torch.device("cpu"), torch.float32, world_size=ranks)
     p = t.init_params(c)
     optimizer = t.MuonAdamW(p, c, m)
     for w in p.values():

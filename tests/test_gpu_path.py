@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn.attention import flex_attention, varlen
 
+import harness
 import train_gpt as t
 from reference import (
     BOS,
@@ -271,8 +272,8 @@ def test_flash_attention_3_where_it_is_installed(monkeypatch, wanted, broken, ch
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: (active or [None])[0])
     monkeypatch.setattr(torch.nn.attention, "restore_flash_attention_impl", active.clear)
     monkeypatch.setattr(t, "try_attention", trial)
-    m = t.Machine(torch.device("cuda"), torch.bfloat16)
-    t.choose_attention(m, config(), wanted)
+    m = harness.Machine(torch.device("cuda"), torch.bfloat16)
+    harness.choose_attention(m, config(), wanted)
     assert m.attention == chosen and m.reasons["attention"].endswith(reason)
     assert active == (["FA3"] if activated else [])
 
@@ -424,8 +425,8 @@ def test_eight_ranks_with_varlen_attention(exact, varlen_on_a_cpu, monkeypatch):
         assert model.batches.n_bag_steps == 1
         sums = []
         for step in range(steps):
-            losses = t.train_step(p, optimizer, model, step, m, None)
-            sums.append(t.all_reduce(m, torch.stack([*losses.values()])).clone())
+            losses = t.train_step(p, optimizer, model, step, model.batches.batch(step), m, None)
+            sums.append(harness.all_reduce(m, torch.stack([*losses.values()])).clone())
         return p, sums
 
     expected, losses = train(make_machine(device=CPU))

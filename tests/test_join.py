@@ -75,7 +75,7 @@ def chains(tmp_path):
 
 
 def lines_of(run):
-    _, _, rest = reading.split_log((run / "log.txt").read_bytes())
+    _, rest = reading.split_log((run / "log.txt").read_bytes())
     return rest.decode().splitlines()
 
 
@@ -122,8 +122,8 @@ def test_the_joined_log(chains, tmp_path):
     """The source and the joined config, then each chain's lines up to its score, with members counted on."""
     run = tmp_path / "joined"
     join.join(chains, run)
-    source, name, _ = reading.split_log((run / "log.txt").read_bytes())
-    assert (source, name) == (SOURCE, "s.py")
+    [script], _ = reading.split_log((run / "log.txt").read_bytes())
+    assert (script.content, script.name) == (SOURCE, "s.py")
     lines = lines_of(run)
     assert json.loads(lines[0].removeprefix("config "))["members"] == 4 and lines[1].startswith("data ")
     starts = [line.split(" of 2: ")[1] for line in lines if line.startswith("chain ")]

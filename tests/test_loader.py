@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import harness
 import train_gpt as t
 from reference import BOS, config
 
@@ -157,7 +158,7 @@ def test_bags_come_first_and_count_as_steps():
     """The batches of one model: bags for a fraction of its steps, then single tokens from the beginning of
     their own epoch; `epoch` counts passes over the budget."""
     _, tokens, c = loader_of(made_up_lengths(60), bag_size=3, bag_until=0.25, epochs=4.0)
-    m = t.Machine(torch.device("cpu"), None)
+    m = harness.Machine(torch.device("cpu"), None)
     batches = t.Batches(tokens[:, None], c, m)
     bags = t.Loader(tokens[:, None], c, bag_size=3)
     singles = t.Loader(tokens[:, None], c)
@@ -179,14 +180,14 @@ def test_bags_come_first_and_count_as_steps():
     assert t.Batches(tokens[:, None], c, m, steps=5).steps == 5
 
 
-def test_a_batch_made_ahead_is_that_of_its_step():
-    """Whichever is asked for next, as after a resume."""
+def test_a_batch_is_that_of_its_step():
+    """Whichever was made before, as after a resume."""
     _, tokens, c = loader_of(made_up_lengths(60), bag_size=3, bag_until=0.25, epochs=4.0)
-    m = t.Machine(torch.device("cpu"), None)
+    m = harness.Machine(torch.device("cpu"), None)
     batches = t.Batches(tokens[:, None], c, m)
     n_bag_steps = batches.n_bag_steps
-    for ahead, asked in ((1, 1), (2, 1), (n_bag_steps, n_bag_steps), (n_bag_steps, n_bag_steps + 1)):
-        batches.prepare(ahead)
+    for before, asked in ((1, 1), (2, 1), (n_bag_steps, n_bag_steps), (n_bag_steps, n_bag_steps + 1)):
+        batches.batch(before)
         expected = t.Batches(tokens[:, None], c, m).batch(asked)
         for a, b in zip(batches.batch(asked)[:2], expected[:2]):
             assert (a == b).all()

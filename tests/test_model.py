@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import harness
 import train_gpt as t
 from reference import (
     BOS,
@@ -118,7 +119,7 @@ def test_compiled_layers_equal_plain_ones():
     c = config(n_layer=2, seq_len=32, window_short=16, loss_chunk=128, mtp_weight=0.3)
     bound = 10 * c.softcap * EPS
     compiled = make_machine(dtype=torch.float64)
-    t.set_compiled(compiled, "auto")
+    harness.set_compiled(compiled, "auto")
     if not compiled.compiled:
         pytest.skip(f"nothing to compare: {compiled.reasons['compiled']}")
     x = random_tokens(4, 32)[..., None]
@@ -518,7 +519,7 @@ def test_evaluation_windows_are_windows_of_the_score(exact, length, n_windows):
     known = random_tokens(1, 300, seed=5)[0].cpu().numpy().astype(np.uint16)
     inputs = t.Lookup(known, c).inputs(x)
     whole = t.stream_nll(p, inputs, c, m)[0]
-    windows = t.evaluation_inputs(inputs[0], c)
+    windows = harness.evaluation_inputs(inputs[0], c)
     T = min(64, length - 1)
     n_whole = (length - 1) // T
     assert windows.shape == (min(n_windows, n_whole), T + 1, 1 + t.n_lookups(c))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import harness
 import node
 import train_gpt as t
 from reference import environment
@@ -165,7 +166,7 @@ def test_what_checkpoints_need(monkeypatch):
     disk, memory = node.checkpoint_bytes("unlimited", 8)
     plan, m = node.planned({"track": "unlimited"}, 8)
     weights = 4 * t.n_params(plan[0].c)
-    state = 8e9 * t.shard_size(plan[0], m)
+    state = 8e9 * harness.shard_size(plan[0], m)
     assert disk == pytest.approx(3 * state + 8 * weights)
     assert state < memory < disk
 
@@ -214,7 +215,7 @@ def test_memory_decides_what_is_left_out(monkeypatch):
     plan, m = node.planned({"track": "limited"}, 8)
     monkeypatch.setattr(node, "gpu_gb", lambda: 80.0)
     node.require_memory("limited", plan, m)
-    monkeypatch.setattr(node, "gpu_gb", lambda: node.memory_gb(plan, m) + t.RESERVE_GB - 0.1)
+    monkeypatch.setattr(node, "gpu_gb", lambda: node.memory_gb(plan, m) + harness.RESERVE_GB - 0.1)
     with pytest.raises(SystemExit) as stopped:
         node.require_memory("limited", plan, m)
     assert stopped.value.code == node.SKIPPED
@@ -258,13 +259,13 @@ def test_runs_that_differ():
 
 def measured_at(utilization, gpu=None, peak=72.0, estimated=72.0):
     """Of `limited` on one GPU that has the share of one of eight."""
-    per_flop = 1 / (utilization * t.GPU_FLOPS)
+    per_flop = 1 / (utilization * harness.GPU_FLOPS)
     return dict(n_ranks=1, seconds_per_flop=per_flop, startup=30.0, peak=peak, estimated=estimated, gpu=gpu)
 
 
 def seconds_of_limited(utilization, **options):
     plan, m = node.planned({"track": "limited"} | options, 8)
-    return 30.0 + t.seconds_left(plan, 0, 1 / (8 * utilization * t.GPU_FLOPS), m)
+    return 30.0 + harness.seconds_left(plan, 0, 1 / (8 * utilization * harness.GPU_FLOPS), m)
 
 
 def test_a_track_that_fits():

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
+import harness
 import train_gpt as t
 from reference import EXACT, config, make_machine, make_params
 
@@ -84,8 +85,8 @@ def test_muon_step_written_out(exact, monkeypatch):
 
 def test_compiled_muon_equals_the_plain_one(exact):
     """At three rates, which one compilation serves. A GPU runs this; here the processor does."""
-    found = t.Machine(torch.device("cpu"), torch.float64)
-    t.set_compiled(found, "auto")
+    found = harness.Machine(torch.device("cpu"), torch.float64)
+    harness.set_compiled(found, "auto")
     if not found.compiled:
         pytest.skip(f"nothing to compare: {found.reasons['compiled']}")
     torch._dynamo.reset()
@@ -188,22 +189,22 @@ def test_state_goes_from_any_number_of_ranks_to_any_other():
 
     def ranks_of(world_size):
         for rank in range(world_size):
-            m = t.Machine(torch.device("cpu"), torch.float32, rank, world_size)
+            m = harness.Machine(torch.device("cpu"), torch.float32, rank, world_size)
             optimizer = t.MuonAdamW(zeros(), c, m)
             yield optimizer, {name: optimizer.shard(name, w).clone() for name, w in zeros().items()}
 
     [(one, ema)] = ranks_of(1)
     for x in [*one.p.values(), *ema.values(), *itertools.chain(*one.state.values())]:
         x.copy_(torch.randn(x.shape))
-    shards = [one.state_dict(ema)]
+    shards = [harness.shard_state(one, ema)]
     expected = copy.deepcopy(shards[0])
     for x in [*one.p.values(), *ema.values(), *itertools.chain(*one.state.values())]:
         x.zero_()  # a later step does not change what was saved
     for world_size in (3, 2, 4, 1):
         ranks = list(ranks_of(world_size))
         for optimizer, ema in ranks:
-            optimizer.load_state_dict(shards, ema)
-        shards = [optimizer.state_dict(ema) for optimizer, ema in ranks]
+            harness.restore_state(optimizer, shards, ema)
+        shards = [harness.shard_state(optimizer, ema) for optimizer, ema in ranks]
         for name, kinds in expected.items():
             for kind, items in kinds.items():
                 assert torch.equal(torch.cat([shard[name][kind] for shard in shards]), items)

@@ -45,9 +45,11 @@ class Repository:
         command = [sys.executable, "-I", str(ROOT / ".github" / "guard.py"), "base"]
         return subprocess.run(command, cwd=self.folder, env=self.env, capture_output=True, text=True)
 
-    def write_record(self, submitted="2026-01-02T00:00:00Z", script="new script\n"):
-        digest = hashlib.sha256(script.encode()).hexdigest()
-        record = {"submitted": submitted, "runs": [{"source_sha256": digest}]}
+    def write_record(self, submitted="2026-01-02T00:00:00Z", script="new script\n", harness="harness\n"):
+        run = {"source_sha256": hashlib.sha256(script.encode()).hexdigest()}
+        if harness:
+            run["harness_sha256"] = hashlib.sha256(harness.encode()).hexdigest()
+        record = {"submitted": submitted, "runs": [run]}
         self.write(f"{RECORD}/record.json", json.dumps(record))
         self.write(f"{RECORD}/README.md", "# A note\n")
 
@@ -58,6 +60,9 @@ def branch(tmp_path):
     repository = Repository(tmp_path)
     repository.write("README.md", "# Top\n")
     repository.write("train_gpt.py", "old script\n")
+    repository.write("harness.py", "older harness\n")
+    repository.commit()
+    repository.write("harness.py", "harness\n")
     repository.write("records/pocket/2026-01-01_standing/record.json", "{}")
     repository.write("records/pictures/pocket_curve_light.svg", "<svg/>")
     repository.commit()
@@ -90,6 +95,7 @@ def test_a_pull_request_without_a_record(branch):
     [
         ("data/prepare.py", "nothing else"),
         ("tests/conftest.py", "nothing else"),
+        ("harness.py", "nothing else"),
         ("requirements.txt", "nothing else"),
         ("README.md", "nothing else"),
         ("records/pictures/pocket_curve_light.svg", "nothing else"),
@@ -130,6 +136,15 @@ def test_a_program(branch):
 def test_a_script_that_is_not_the_records(branch):
     branch.write("train_gpt.py", "another script\n")
     assert_refused(branch, "not the script of the record")
+
+
+def test_the_harness_is_one_that_main_has_had(branch):
+    """What decides what a run logs and how it is scored is not the contestant's. A script may do without."""
+    for harness in ("harness\n", "older harness\n", None):
+        branch.write_record(harness=harness)
+        assert branch.guard().returncode == 0
+    branch.write_record(harness="a harness that lies\n")
+    assert_refused(branch, "its harness.py is none that main has had")
 
 
 def test_a_time_that_has_not_come(branch):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import harness
 import train_gpt as t
 from reference import EXACT, FLOAT64_PROCESS, QUICK_END, environment, weights_of
 from runs import PLAIN, ROOT, TINY, options
@@ -51,7 +52,7 @@ TRAIN = (
 import os, signal, socket, sys
 losses_of = open(sys.argv.pop(1), "a")
 n_ranks = int(sys.argv.pop(1))
-all_reduce = t.all_reduce
+all_reduce = harness.all_reduce
 
 def noted(m, tensor):
     out = all_reduce(m, tensor)
@@ -59,7 +60,7 @@ def noted(m, tensor):
         print(*map(repr, out[:-2].tolist()), file=losses_of, flush=True)
     return out
 
-t.all_reduce = noted
+harness.all_reduce = noted
 with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
@@ -68,7 +69,7 @@ for rank in map(str, range(n_ranks)):  # forked, so that torch is imported once
     child = os.fork()
     if not child:
         os.environ |= dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=str(n_ranks), LOCAL_WORLD_SIZE=str(n_ranks))
-        t.main()
+        harness.main()
         os._exit(0)
     children.append(child)
 signal.signal(signal.SIGTERM, lambda number, frame: [os.kill(child, number) for child in children])
@@ -154,7 +155,7 @@ def test_stopped_and_continued_on_another_number_of_ranks(train, one, numbers):
         process.terminate()  # passed on to the ranks
         _, err = process.communicate(timeout=120)
         assert f"; {n_ranks} rank(s)" in log.read_text() and not (run / "record.json").exists(), err
-        newest = t.read_index(t.saved(run, t.INDEX_FILE)[-1])
+        newest = harness.read_index(harness.saved(run, harness.INDEX_FILE)[-1])
         assert len(newest["shards"]) == n_ranks
         if i == 0:
             assert newest["progress"]["step"] > 5
@@ -172,20 +173,21 @@ def test_stopped_and_continued_on_another_number_of_ranks(train, one, numbers):
 FULL = (
     """
 import errno, os
+import harness
 import train_gpt as t
 """
     + QUICK_END
     + """
-write_tensors = t.write_tensors
+write_tensors = harness.write_tensors
 
 def full(path, content):
     if path.name == "state-0000010.1of2":
-        with t.writing(path):
+        with harness.writing(path):
             raise OSError(errno.ENOSPC, "No space left on device")
     return write_tensors(path, content)
 
-t.write_tensors = full
-t.main()
+harness.write_tensors = full
+harness.main()
 """
 )
 
@@ -200,13 +202,14 @@ def test_the_disk_of_one_rank_is_full(tiny_data, tmp_path):
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if line.startswith("train_gpt.py: ")]
     assert len(said) == 1 and "1of2: cannot be written (No space left" in said[0], done.stderr
-    assert [t.number_of(path) for path in t.saved(run, t.INDEX_FILE)] == [5]
-    assert all(t.is_whole(path) for path in t.saved(run, t.SHARD_FILE))
+    assert [harness.number_of(path) for path in harness.saved(run, harness.INDEX_FILE)] == [5]
+    assert all(harness.is_whole(path) for path in harness.saved(run, harness.SHARD_FILE))
 
 
 LOST = (
     """
 import os, signal
+import harness
 import train_gpt as t
 """
     + QUICK_END
@@ -220,7 +223,7 @@ def lost(self, number, *args):
     return step(self, number, *args)
 
 t.MuonAdamW.step = lost
-t.main()
+harness.main()
 """
 )
 
@@ -268,7 +271,7 @@ def test_the_tiny_track_cut_down(tiny_data, tmp_path):
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
-    assert len(t.saved(run, t.INDEX_FILE)) == 1
+    assert len(harness.saved(run, harness.INDEX_FILE)) == 1
     resume = [*torchrun(2), "train_gpt.py", "--resume", str(run)]
     done = subprocess.run(resume, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

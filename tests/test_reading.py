@@ -101,7 +101,8 @@ def test_what_the_model_wrote_and_the_source_say_nothing(tmp_path):
     path = write_log(tmp_path / "log.txt", ['config {"seed": 3}', *sample, score, "the run is in runs/a"])
     log = reading.read_log(path)
     assert log.entries == [Score(0.5, 0.721348, 9)] and log.config == {"seed": 3} and log.data is None
-    assert log.source.startswith(b"print(1)") and log.script == "s.py"
+    [script] = log.sources
+    assert script.content.startswith(b"print(1)") and script.name == "s.py"
 
 
 def test_a_log_that_was_kept_without_its_source(tmp_path):
@@ -110,9 +111,28 @@ def test_a_log_that_was_kept_without_its_source(tmp_path):
     content = path.read_bytes()
     path.write_bytes(content.replace(b"print(1)\nval_loss 0.1\n\n", b""))
     log = reading.read_log(path)
-    assert log.source is None and log.script == "s.py" and log.entries == [Chain(2)]
+    [script] = log.sources
+    assert script.content is None and script.name == "s.py" and log.entries == [Chain(2)]
     path.write_bytes(content.replace(b"print(1)\n", b""))
     with pytest.raises(ValueError, match="does not begin with"):
+        reading.read_log(path)
+
+
+def test_a_script_with_a_harness(tmp_path):
+    """Both sources are read, with or without their text. A second one of another name is none: it would be
+    written to where the script is run."""
+    script, harness = write_log(tmp_path / "script", []), write_log(tmp_path / "harness", ["config {}"])
+    named = harness.read_bytes().replace(b"source s.py", b"source harness.py")
+    path = tmp_path / "log.txt"
+    path.write_bytes(script.read_bytes() + named)
+    whole = reading.read_log(path).sources
+    assert [source.name for source in whole] == ["s.py", "harness.py"]
+    assert [source.content for source in whole] == [b"print(1)\nval_loss 0.1\n"] * 2
+    path.write_bytes(path.read_bytes().replace(b"print(1)\nval_loss 0.1\n\n", b""))
+    kept = reading.read_log(path).sources
+    assert kept == [source._replace(content=None) for source in whole]
+    path.write_bytes(script.read_bytes() + harness.read_bytes())
+    with pytest.raises(ValueError, match="its second source is s.py, not harness.py"):
         reading.read_log(path)
 
 

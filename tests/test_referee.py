@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, SCRIPT
 from runs import make_repository
 
 sys.path.insert(0, str(ROOT / "records"))
@@ -52,27 +52,37 @@ def replace(path, old, new, count=1):
     path.write_bytes(content.replace(old, new, count))
 
 
+WITH_HARNESS = pytest.mark.skipif(
+    not SCRIPT.with_name(reading.HARNESS).exists(), reason="the script has no harness beside it"
+)
+
+
 def read_record(folder):
     return json.loads((folder / "record.json").read_text())
 
 
-def log_of(source, name, rest):
-    """A log.txt that claims this source."""
-    digest = hashlib.sha256(source).hexdigest()
-    header = f"==== source {name} bytes={len(source)} sha256={digest}\n"
-    return header.encode() + source + b"\n==== end of source\n" + rest
+def log_of(sources, rest):
+    """A log.txt that claims these sources, {name: content}."""
+    log = b""
+    for name, content in sources.items():
+        digest = hashlib.sha256(content).hexdigest()
+        log += f"==== source {name} bytes={len(content)} sha256={digest}\n".encode()
+        log += content + b"\n==== end of source\n"
+    return log + rest
 
 
-def edit_source(path, change):
-    """Change the source in a log, with the length and hash that belong to it."""
-    source, name, rest = reading.split_log(path.read_bytes())
-    path.write_bytes(log_of(change(source), name, rest))
+def edit_source(path, change, name=SCRIPT.name):
+    """Change a source in a log, with the length and hash that belong to it."""
+    sources, rest = reading.split_log(path.read_bytes())
+    contents = {source.name: source.content for source in sources}
+    path.write_bytes(log_of(contents | {name: change(contents[name])}, rest))
 
 
 def edit_lines(path, change):
     """Change the lines of a log behind its source. change: list of lines with their ends -> list of lines."""
-    source, name, rest = reading.split_log(path.read_bytes())
-    path.write_bytes(log_of(source, name, b"".join(change(rest.splitlines(keepends=True)))))
+    sources, rest = reading.split_log(path.read_bytes())
+    contents = {source.name: source.content for source in sources}
+    path.write_bytes(log_of(contents, b"".join(change(rest.splitlines(keepends=True)))))
 
 
 def make_root(folder, tiny_data):
@@ -228,6 +238,17 @@ def swapped_steps(lines):
     return lines
 
 
+def other_harness(root, folder):
+    edit_source(folder / "log.txt", lambda source: source + b"# and one line more\n", reading.HARNESS)
+
+
+def without_claim_of_harness(root, folder):
+    record = read_record(folder)
+    for run in record["runs"]:
+        del run["harness_sha256"]
+    (folder / "record.json").write_text(json.dumps(record))
+
+
 def other_script(root, folder):
     edit_source(folder / "log.txt", lambda source: source + b"# and one line more\n")
 
@@ -354,6 +375,8 @@ def no_note(root, folder):
         (without_step(1), ["after step 0", "steps are missing"]),
         (edit_log(swapped_steps), ["steps are missing"]),
         (other_script, ["record.json: source_sha256 is claimed"]),
+        pytest.param(other_harness, ["record.json: harness_sha256 is claimed"], marks=WITH_HARNESS),
+        pytest.param(without_claim_of_harness, ["tells of another number of sources"], marks=WITH_HARNESS),
         (replace_in_log(b"import ", b"imqort "), ["log.txt: the header of the source claims"]),
         (replace_in_log(b" bytes=", b" bytes=1"), ["log.txt: does not begin"]),
         (big_file, ["bytes, 20,000,000 are the most"]),
@@ -379,7 +402,7 @@ def no_note(root, folder):
         (replace_in_log(b'"members": 1', b'"members": "x"'), ["another recipe than log.txt has: members"]),
         (edit_log(lower_evaluations), ["its last evaluation is claimed 1."]),
         (far_from_validation, ["the test loss is -", "from the validation loss, 1.0 are the most"]),
-        (long_source, ["its source has ", "bytes, 300,000 are the most"]),
+        (long_source, ["log.txt: train_gpt.py has ", "bytes, 300,000 are the most"]),
         (edit_run(seed=1), ["seed must differ"]),
         (edit_run(trial=True), ["a trial"]),
         (edit_run(threads=64), ["cores is claimed 64"]),

@@ -142,9 +142,9 @@ np.save(out, nll)
 def test_a_scorer_remembers_nothing(root, finished_run, tmp_path):
     """Each call has its own folder, and cannot write into the run, beside the script or anywhere else."""
     source = b"VAL = %r\n" % str(root / "data" / "pocket") + FORGETFUL
-    shop = make_shop(
-        tmp_path / "shop", reading.read_log(finished_run / "log.txt")._replace(source=source), root
-    )
+    log = reading.read_log(finished_run / "log.txt")
+    sources = [log.sources[0]._replace(content=source), *log.sources[1:]]
+    shop = make_shop(tmp_path / "shop", log._replace(sources=sources), root)
     score = shop.scorer(shop.work)
     for tokens in (shop.val[:50], shop.val[:50], shop.val[:60].reshape(6, 10)):
         assert score(tokens).max() == 0

@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 
+import harness
 import reading
 import train_gpt as t
 from reference import EXACT, QUICK_END, config, environment, float64, run_main, weights_of
@@ -48,8 +49,7 @@ pytestmark = pytest.mark.reference
 def told(run):
     """What the log says of training and its result, without times."""
     wanted = ("step ", "eval ", "val_loss ", "member ", "model ")
-    _, _, text = (run / "log.txt").read_text().partition(t.SOURCE_END)
-    return [line.split(" tok/s")[0] for line in text.splitlines() if line.startswith(wanted)]
+    return [line.split(" tok/s")[0] for line in log_lines(run) if line.startswith(wanted)]
 
 
 def metrics_of(run):
@@ -67,7 +67,7 @@ def assert_same_end(run, undisturbed):
     assert (run / "val_nll.npy").read_bytes() == (undisturbed / "val_nll.npy").read_bytes()
     assert told(run) == told(undisturbed)
     assert metrics_of(run) == metrics_of(undisturbed)
-    (state,) = t.saved(run, t.INDEX_FILE)
+    (state,) = harness.saved(run, harness.INDEX_FILE)
     assert state.stat().st_size < 5000  # what is left holds the clock and no weights
     assert not list(run.glob("*.tmp"))
 
@@ -88,14 +88,18 @@ def test_resumed_as_it_was_started(tiny_data, finished_run, tmp_path):
     run = tmp_path / "run"
     process = start(tiny_data, run)
     wait_for(
-        lambda: t.saved(run, t.INDEX_FILE) and t.saved(run, t.INDEX_FILE)[-1].name >= "state-0000010", process
+        lambda: (
+            harness.saved(run, harness.INDEX_FILE)
+            and harness.saved(run, harness.INDEX_FILE)[-1].name >= "state-0000010"
+        ),
+        process,
     )
     process.kill()
-    path = t.saved(run, t.INDEX_FILE)[-1]
-    state = t.read_index(path)
+    path = harness.saved(run, harness.INDEX_FILE)[-1]
+    state = harness.read_index(path)
     path.unlink()
     state["progress"]["threads"] += 7  # as if the first part had run on a larger machine
-    t.write_json(run / f"state-{state['progress']['step']:07d}", state, "json")
+    harness.write_json(run / f"state-{state['progress']['step']:07d}", state, "json")
     status, _, err = run_main("--resume", run)
     assert status == 0, err
     assert "compiled: no" in (run / "log.txt").read_text().split("resumed at step")[1]
@@ -103,7 +107,7 @@ def test_resumed_as_it_was_started(tiny_data, finished_run, tmp_path):
     assert_same_end(run, finished_run)
 
 
-class OneStepAhead(t.Monitor):
+class OneStepAhead(harness.Monitor):
     """As on a GPU, which is at work on a step while the one before is logged."""
 
     def __init__(self, *args):
@@ -136,8 +140,8 @@ def test_one_step_ahead_of_what_is_logged(tiny_data, finished_run, tmp_path, mon
 def test_checkpoints_of_many_members(tmp_path):
     """Of a chain's eleventh member, too, the newest is the last in the list."""
     for number in (10**8 + 100, 9 * 10**7 + 200, 10**8):
-        t.write_json(tmp_path / f"state-{number:07d}", number, "json")
-    numbers = [json.loads(path.read_text()) for path in t.saved(tmp_path, t.INDEX_FILE)]
+        harness.write_json(tmp_path / f"state-{number:07d}", number, "json")
+    numbers = [json.loads(path.read_text()) for path in harness.saved(tmp_path, harness.INDEX_FILE)]
     assert numbers == [9 * 10**7 + 200, 10**8, 10**8 + 100]
 
 
@@ -145,10 +149,10 @@ def test_two_runs_that_took_one_name(tiny_data, finished_run, tmp_path):
     """Neither saw the other's folder when it looked: the first keeps it."""
     run = shutil.copytree(finished_run, tmp_path / "run")
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    given, args = t.parse_args([*options(**TINY | {"seed": 5}, data=tiny_data), *PLAIN])
+    given, args = harness.parse_args([*options(**TINY | {"seed": 5}, data=tiny_data), *PLAIN])
     args.run_dir = run
-    with pytest.raises(t.UserError, match="taken this name"):
-        t.train_command(given, args)
+    with pytest.raises(harness.UserError, match="taken this name"):
+        harness.train_command(given, args)
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
@@ -202,7 +206,7 @@ def test_a_folder_without_a_checkpoint_is_free(tiny_data, finished_run, tmp_path
     for name in left:
         (run / name).write_bytes((finished_run / name.removesuffix(".tmp")).read_bytes()[:5000])
     train_tiny(tiny_data, run, "--steps", 3)
-    assert (run / "log.txt").read_text().count(t.SOURCE_END) == 1
+    assert (run / "log.txt").read_text().count(harness.SOURCE_END) == 2
     assert [line.split()[1] for line in told(run) if line.startswith("step ")] == ["1/3", "2/3", "3/3"]
     assert not list(run.glob("*.tmp"))
 
@@ -231,7 +235,7 @@ def test_a_score_overwrites_nothing(tiny_data, finished_run, tmp_path):
 @pytest.fixture(autouse=True)
 def new_machine(monkeypatch):
     """What the script has found out about the machine holds for a process, which all these tests share."""
-    monkeypatch.setattr(t, "MISSING", [])
+    monkeypatch.setattr(harness, "MISSING", [])
 
 
 @contextlib.contextmanager
@@ -253,7 +257,7 @@ def test_a_terminal_that_is_lost(tiny_data, finished_run, tmp_path, kind):
     run = tmp_path / "run"
     argv = [ROOT / "train_gpt.py", *options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN]
     with lost_terminal(kind):
-        status = in_this_process(t.main, argv)
+        status = in_this_process(harness.main, argv)
     assert status == 0
     assert_same_end(run, finished_run)
     assert "\n".join(log_lines(run)).count("nothing more is shown on") == 1
@@ -276,8 +280,10 @@ def test_ctrl_c_without_a_terminal(tiny_data, finished_run, tmp_path, monkeypatc
     step = signaled(t.train_step, when=lambda p, optimizer, model, step, *args: step == 3)
     with monkeypatch.context() as patch, lost_terminal("closed pipe"):
         patch.setattr(t, "train_step", step)
-        status = in_this_process(t.main, [ROOT / "train_gpt.py", *recipe, "--run_dir", run, *PLAIN])
-    assert status == 130 and [path.name[:13] for path in t.saved(run, t.INDEX_FILE)] == ["state-0000004"]
+        status = in_this_process(harness.main, [ROOT / "train_gpt.py", *recipe, "--run_dir", run, *PLAIN])
+    assert status == 130 and [path.name[:13] for path in harness.saved(run, harness.INDEX_FILE)] == [
+        "state-0000004"
+    ]
     assert run_main("--resume", run)[0] == 0
     assert_same_end(run, finished_run)
 
@@ -297,8 +303,8 @@ def is_folder(number):
 
 
 LACKING = [
-    (t.fcntl, "flock", errno.ENOSYS, "no locks"),
-    (t.fcntl, "flock", errno.ENOLCK, "no locks"),
+    (harness.fcntl, "flock", errno.ENOSYS, "no locks"),
+    (harness.fcntl, "flock", errno.ENOLCK, "no locks"),
     (os, "fsync", errno.EINVAL, "cannot sync"),
 ]
 
@@ -314,11 +320,11 @@ def test_file_systems_of_clusters(tiny_data, tmp_path, monkeypatch, module, name
 
 def test_without_locks_nothing_is_taken_over(tiny_data, tmp_path, monkeypatch):
     """A run before its first checkpoint may be under way."""
-    monkeypatch.setattr(t.fcntl, "flock", fails(errno.ENOSYS))
+    monkeypatch.setattr(harness.fcntl, "flock", fails(errno.ENOSYS))
     run = tmp_path / "run"
     argv = [*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN, "--steps", 3]
     with monkeypatch.context() as patch:
-        patch.setattr(t, "train", fails(errno.EIO))
+        patch.setattr(harness, "train", fails(errno.EIO))
         assert run_main(*argv)[0] == 1
     before = contents(run)
     assert before
@@ -331,7 +337,7 @@ def test_a_disk_that_fails(tiny_data, tmp_path, monkeypatch, after, remedy):
     """With the first checkpoint or the second: one line that names the file, and what is left of the run."""
     run = tmp_path / "run"
     names = []
-    write_file = t.write_file
+    write_file = harness.write_file
 
     def noted(path, *args):
         names.append(path.name)
@@ -339,11 +345,11 @@ def test_a_disk_that_fails(tiny_data, tmp_path, monkeypatch, after, remedy):
             monkeypatch.setattr(os, "fsync", fails(errno.EIO))
         return write_file(path, *args)
 
-    monkeypatch.setattr(t, "write_file", noted)
+    monkeypatch.setattr(harness, "write_file", noted)
     status, _, err = run_main(*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN)
     assert status == 1 and err.count("\n") == 1
     assert "cannot be written (Input/output error)" in err and str(run) in err and remedy in err
-    assert len(t.saved(run, t.INDEX_FILE)) == after - 1 and not list(run.glob("*.tmp"))
+    assert len(harness.saved(run, harness.INDEX_FILE)) == after - 1 and not list(run.glob("*.tmp"))
 
 
 def test_out_of_memory(tiny_data, tmp_path):
@@ -404,12 +410,14 @@ def test_n_grams_are_scored_with_the_members(tiny_data, tmp_path):
     (line,) = [line for line in log_lines(run) if line.startswith("without n-grams: ")]
     (last,) = [line for line in log_lines(run) if line.startswith("member 2 alone: ")]
     assert f"the members so far together: {line.split(': ')[1]}" in last
-    c, meta, _ = t.read_run(run)
-    m = t.Machine(torch.device("cpu"), torch.float32)
-    train_tokens = t.read_shard(tiny_data / "train.bin", c.vocab_size)[: c.train_tokens]
-    val_tokens = t.read_shard(tiny_data / "val.bin", c.vocab_size)[None]
+    c, meta, _ = harness.read_run(run)
+    m = harness.Machine(torch.device("cpu"), torch.float32)
+    train_tokens = harness.read_shard(tiny_data / "train.bin", c.vocab_size)[: c.train_tokens]
+    val_tokens = harness.read_shard(tiny_data / "val.bin", c.vocab_size)[None]
     networks = [
-        np.exp(-t.stream_nll(t.load_weights(run, number, c_model, m), val_tokens[..., None], c_model, m))
+        np.exp(
+            -t.stream_nll(harness.load_weights(run, number, c_model, m), val_tokens[..., None], c_model, m)
+        )
         for number, c_model in t.scored_models(c)
     ]
     counted = t.NgramModel(train_tokens, c).probabilities(val_tokens)
@@ -434,19 +442,19 @@ def test_a_score_follows_the_data_and_the_machine(tiny_data, tmp_path):
 
 
 ENDS = [
-    ("save_weights", lambda *args: True),
-    ("run_nll", lambda *args: True),
-    ("from_prepare", lambda *args: True),
+    (harness, "save_weights", lambda *args: True),
+    (t, "run_nll", lambda *args: True),
+    (harness, "from_prepare", lambda *args: True),
 ]
 
 
-@pytest.mark.parametrize("name, when", ENDS)
-def test_stopped_at_the_end(tiny_data, finished_run, tmp_path, monkeypatch, name, when):
+@pytest.mark.parametrize("module, name, when", ENDS)
+def test_stopped_at_the_end(tiny_data, finished_run, tmp_path, monkeypatch, module, name, when):
     """Between training and scoring, while it is scored, and where a sample is written: the run stops, says
     how to go on, and goes on."""
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(t, name, signaled(getattr(t, name), when=when))
+        patch.setattr(module, name, signaled(getattr(module, name), when=when))
         status, _, err = run_main(*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN)
     assert status == 130 and err.count("\n") == 1 and f"--resume {run}" in err
     assert log_lines(run)[-1] == err.strip().removeprefix("train_gpt.py: ")
@@ -459,7 +467,7 @@ def test_stopped_when_all_is_done(tiny_data, finished_run, tmp_path, monkeypatch
     """There is nothing to go on with, and the line says so."""
     run = tmp_path / "run"
     when = lambda log, line, *args: line.startswith("the run is in")  # noqa: E731
-    monkeypatch.setattr(t.Log, "__call__", signaled(t.Log.__call__, when=when))
+    monkeypatch.setattr(harness.Log, "__call__", signaled(harness.Log.__call__, when=when))
     status, _, err = run_main(*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN)
     assert status == 130 and err.count("\n") == 1 and "finished" in err and "--resume" not in err
     assert_same_end(run, finished_run)
@@ -472,7 +480,7 @@ def test_names_forge_no_lines(tiny_data, tmp_path):
 
 def test_samples_control_no_terminal(finished_run, monkeypatch):
     """Whatever the model writes, and whatever it is given."""
-    monkeypatch.setattr(t, "from_prepare", lambda *args: Encoding())
+    monkeypatch.setattr(harness, "from_prepare", lambda *args: Encoding())
     argv = ("--sample", finished_run, "--prompt", "\x1b[31m", *PLAIN)
     status, out, _ = run_main(*argv)
     assert status == 0 and out == "a\tb\n\\x1b[2J\\x07\\r\\x85é\n"
@@ -505,25 +513,29 @@ def test_a_gpu_track_without_a_gpu(tiny_data, tmp_path):
 )
 def test_a_gpu_track_without_its_kernels(track, found, wanted, fits):
     """SDPA, which would run out of memory, is no fallback there."""
-    m = t.Machine(torch.device("cuda"), torch.bfloat16, attention=found)
+    m = harness.Machine(torch.device("cuda"), torch.bfloat16, attention=found)
     m.reasons["attention"] = "sdpa (varlen does not work here: no kernel)"
     args = argparse.Namespace(device="auto", attention=wanted)
     with (
-        contextlib.nullcontext() if fits else pytest.raises(t.UserError, match="no kernel.*--attention sdpa")
+        contextlib.nullcontext()
+        if fits
+        else pytest.raises(harness.UserError, match="no kernel.*--attention sdpa")
     ):
-        t.check_machine(config(track=track), m, args)
+        harness.check_machine(config(track=track), m, args)
 
 
 def test_loss_that_is_not_finite_stops_the_run(tiny_data, tmp_path, monkeypatch):
     """With one line, and with checkpoints on disk that are all finite."""
-    monkeypatch.setattr(t, "RANGES", ())  # no rate within them overflows so soon
+    monkeypatch.setattr(harness, "RANGES", ())  # no rate within them overflows so soon
     run = tmp_path / "run"
     recipe = options(**TINY | dict(head_lr=1e38, save_every=1), data=tiny_data)
     status, _, err = run_main(*recipe, "--run_dir", run, *PLAIN)
     assert status == 1 and err.count("\n") == 1 and "step " in err and "finite" in err
     assert "checkpoint" in err and not (run / "record.json").exists()
-    for path in t.saved(run, t.SHARD_FILE):
-        assert all(w.isfinite().all() for kinds in t.load_tensors(path).values() for w in kinds.values())
+    for path in harness.saved(run, harness.SHARD_FILE):
+        assert all(
+            w.isfinite().all() for kinds in harness.load_tensors(path).values() for w in kinds.values()
+        )
 
 
 def test_config_that_lacks_an_entry(finished_run, tmp_path):
@@ -579,7 +591,7 @@ def test_a_config_that_somebody_made_up(finished_run, tmp_path, command, path, v
     stored = json.loads((finished_run / "config.json").read_text())
     del stored["sha256"]
     stored = with_entry(stored, path, value)
-    t.write_json(tmp_path / "config.json", stored | {"sha256": t.json_sha256(stored)})
+    harness.write_json(tmp_path / "config.json", stored | {"sha256": harness.json_sha256(stored)})
     rest = ["--tokens", "x.npy", "--nll", tmp_path / "o.npy"] if command == "--score" else []
     assert_one_line(run_main(command, tmp_path, *rest), tmp_path / "config.json", named)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
@@ -604,11 +616,11 @@ def assert_one_line(result, *named):
 def test_weights_that_are_not_numbers(tiny_data, tmp_path):
     """No score is made of NaN."""
     run = train_tiny(tiny_data, tmp_path / "run", "--steps", 2)
-    (path,) = t.saved(run, t.WEIGHTS_FILE)
-    stored = t.load_tensors(path)
+    (path,) = harness.saved(run, harness.WEIGHTS_FILE)
+    stored = harness.load_tensors(path)
     stored["params"]["lm_head"][5, 5] = math.nan
     path.unlink()
-    t.write_tensors(run / "weights-0000000", stored)
+    harness.write_tensors(run / "weights-0000000", stored)
     out = tmp_path / "nll.npy"
     argv = ("--score", run, "--tokens", tiny_data / "val.bin", "--nll", out, *PLAIN)
     assert_one_line(run_main(*argv), run, "NaN")
@@ -662,8 +674,8 @@ def test_a_steps_line_has_the_cross_entropy_alone(tiny_data, tmp_path, monkeypat
         run = train_tiny(tiny_data, tmp_path / "run", "--steps", 2, **changes)
         meta = json.loads((tiny_data / "meta.json").read_text())
         c = config(**changes)
-        tokens = t.read_shard(tiny_data / "train.bin", 257, meta["sha256"]["train.bin"])
-        m = t.Machine(torch.device("cpu"), torch.float64)
+        tokens = harness.read_shard(tiny_data / "train.bin", 257, meta["sha256"]["train.bin"])
+        m = harness.Machine(torch.device("cpu"), torch.float64)
         lines = [line for line in told(run) if " step 1/" in line]
         for c_model, line in zip(t.model_configs(c), lines, strict=True):
             p = t.init_params(c_model)
@@ -684,7 +696,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_data, finished_run,
     go = threading.Event()
     seen = []
     train_step = t.train_step
-    write_tensors = t.write_tensors
+    write_tensors = harness.write_tensors
 
     def counted(p, optimizer, model, step, *args):
         if step == 9:
@@ -701,7 +713,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny_data, finished_run,
         return [(name, w) for name, w in p.items() if t.param_table(config())[name].optimizer == "adamw"]
 
     monkeypatch.setattr(t, "train_step", counted)
-    monkeypatch.setattr(t, "write_tensors", slow)
+    monkeypatch.setattr(harness, "write_tensors", slow)
     run = train_tiny(tiny_data, tmp_path / "run")
     assert len(seen) > 3 and all(seen)
     assert_same_end(run, finished_run)
@@ -719,20 +731,20 @@ def test_a_disk_that_fills_up_during_a_save(tiny_data, finished_run, tmp_path, m
     """In the thread that writes, at the third checkpoint: one line that says so, and on disk what was whole.
     What the save has left is gone after --resume, and nothing else is."""
     run = tmp_path / "run"
-    intact = getattr(t, function)
+    intact = getattr(harness, function)
 
     def full(path, *args):
         if path.name in (name, f"{name}.0of1") or (function == "remove_states" and args[-1] == 15):
-            with t.writing(run / name):
+            with harness.writing(run / name):
                 raise OSError(errno.ENOSPC, "No space left on device")
         return intact(path, *args)
 
-    monkeypatch.setattr(t, function, full)
+    monkeypatch.setattr(harness, function, full)
     status, _, err = run_main(*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN)
     assert status == 1 and err.count("\n") == 1 and "No space left" in err and "--resume" in err
     newest = 15 if function == "remove_states" else 10
-    assert t.number_of(t.saved(run, t.INDEX_FILE)[-1]) == newest
-    assert any("0000015" in shard.name for shard in t.saved(run, t.SHARD_FILE)) == (
+    assert harness.number_of(harness.saved(run, harness.INDEX_FILE)[-1]) == newest
+    assert any("0000015" in shard.name for shard in harness.saved(run, harness.SHARD_FILE)) == (
         function != "write_tensors"
     )
     monkeypatch.undo()
@@ -761,14 +773,14 @@ def test_a_bit_of_the_config_that_flips(request, tiny_data, tmp_path, which, fie
     run = shutil.copytree(request.getfixturevalue(which), tmp_path / "run")
     path = run / "config.json"
     data = path.read_bytes()
-    stored = t.read_run(run)
+    stored = harness.read_run(run)
     found = re.search(rf'"{field}": ([^,]+),'.encode(), data)
     for at, bit in itertools.product(range(*found.span(1)), range(8)):
         flipped = bytearray(data)
         flipped[at] ^= 1 << bit
         path.write_bytes(flipped)
-        with contextlib.suppress(t.UserError):
-            assert t.read_run(run) == stored
+        with contextlib.suppress(harness.UserError):
+            assert harness.read_run(run) == stored
     before = {file: file.read_bytes() for file in run.iterdir()}
     path.write_bytes(data.replace(found[0], found[0].replace(found[1], b"2")))
     score = ("--score", run, "--tokens", tiny_data / "val.bin", "--nll", tmp_path / "nll.npy")
@@ -798,7 +810,7 @@ def test_the_config_of_another_run(request, tiny_data, tmp_path, which):
 def test_a_finished_run_without_its_checkpoint(finished_run, tmp_path, what):
     """It is finished, as before. It cannot grow, and is not trained from nothing."""
     run = shutil.copytree(finished_run, tmp_path / "run")
-    (path,) = t.saved(run, t.INDEX_FILE)
+    (path,) = harness.saved(run, harness.INDEX_FILE)
     if what == "damaged":
         path.write_bytes(path.read_bytes().replace(b"seconds", b"minutes"))
     else:
@@ -817,7 +829,7 @@ def test_a_finished_run_without_its_checkpoint(finished_run, tmp_path, what):
 def test_weights_that_are_not_the_runs_own(tiny_data, finished_run, second_seed, tmp_path):
     """Two files of one number, then another run's file alone: nobody can say which was meant."""
     run = shutil.copytree(finished_run, tmp_path / "run")
-    (own,), (other,) = (t.saved(path, t.WEIGHTS_FILE) for path in (run, second_seed))
+    (own,), (other,) = (harness.saved(path, harness.WEIGHTS_FILE) for path in (run, second_seed))
     shutil.copy(other, run)
     score = ("--score", run, "--tokens", tiny_data / "val.bin", "--nll", tmp_path / "nll.npy")
     status, _, err = run_main(*score, *PLAIN)
@@ -841,7 +853,7 @@ def test_a_log_that_is_not_whole(stopped_run, tmp_path, what):
         log.unlink()
     if what == "a link":
         log.symlink_to(elsewhere)
-    (newest,) = t.saved(run, t.INDEX_FILE)[-1:]
+    (newest,) = harness.saved(run, harness.INDEX_FILE)[-1:]
     status, _, err = run_main("--resume", run, *PLAIN)
     assert (status, err.count("\n")) == (2, 1) and str(log) in err
     assert newest.exists() and elsewhere.read_bytes() == data
@@ -891,7 +903,7 @@ def chain(tiny_data, tmp_path_factory):
 def test_metrics_are_the_logs(chain):
     """A line for each step, with the same keys in each, and the log's numbers, which are rounded."""
     lines = [json.loads(line) for line in (chain / "metrics.jsonl").read_text().splitlines()]
-    assert all(list(line) == t.Metrics.keys for line in lines)
+    assert all(list(line) == harness.Metrics.keys for line in lines)
     log = reading.read_log(chain / "log.txt")
     evals = {(entry.member, entry.step): entry.loss for entry in log.of(reading.Eval)}
     steps = log.of(reading.Step)
@@ -915,12 +927,12 @@ def test_metrics_that_a_kill_has_cut_short(tmp_path, end):
     place = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (3, 1)]
     lines = [json.dumps({"model": model, "step": step, "own": 0.1}).encode() for model, step in place]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, end]))
-    m = t.Machine(torch.device("cpu"), torch.float32)
-    metrics = t.Metrics(tmp_path, m, {"model": 1, "step": 2})
+    m = harness.Machine(torch.device("cpu"), torch.float32)
+    metrics = harness.Metrics(tmp_path, m, {"model": 1, "step": 2})
     metrics(model=2, step=3)
     content = (tmp_path / "metrics.jsonl").read_bytes().splitlines()
     assert content[:-1] == lines[:4]
-    assert json.loads(content[-1]) == dict.fromkeys(t.Metrics.keys) | {"model": 2, "step": 3}
+    assert json.loads(content[-1]) == dict.fromkeys(harness.Metrics.keys) | {"model": 2, "step": 3}
 
 
 @pytest.mark.parametrize("when", ["in the third member", "between two", "in the student"])
@@ -936,7 +948,7 @@ def test_a_killed_chain_ends_as_if_it_had_not_been(tiny_data, chain, tmp_path, w
     log = run / "log.txt"
     wait_for(lambda: log.exists() and texts[when] in log.read_text(), process)
     process.kill()
-    before = {path: path.stat().st_mtime_ns for path in t.saved(run, t.WEIGHTS_FILE)}
+    before = {path: path.stat().st_mtime_ns for path in harness.saved(run, harness.WEIGHTS_FILE)}
     assert len(before) >= 2
     status, _, err = resume(run)
     assert status == 0, err
@@ -944,13 +956,14 @@ def test_a_killed_chain_ends_as_if_it_had_not_been(tiny_data, chain, tmp_path, w
     # Killed between two, the newest may be saved once more, as it was.
     kept = list(before.items())[: 1 if when == "between two" else 2]
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in kept)
-    assert set(before) <= set(t.saved(run, t.WEIGHTS_FILE))
+    assert set(before) <= set(harness.saved(run, harness.WEIGHTS_FILE))
 
 
 KILLS = (
     """
 import os, pathlib, random, signal, sys, time
 import torch._dynamo
+import harness
 import train_gpt as t  # once: a process forked from here begins in no time
 """
     + QUICK_END
@@ -971,13 +984,13 @@ def without_index():
     indexes = [path.name.split(".")[0] for path in run.glob("state-*.json")]
     return any(path.name.split(".")[0] not in indexes for path in run.glob("state-*.pt"))
 
-write_index = t.Saver.write_index
+write_index = harness.Saver.write_index
 
 def later(self):  # so that some kills come between shard and index
     time.sleep(0.02)
     write_index(self)
 
-t.Saver.write_index = later
+harness.Saver.write_index = later
 
 while True:
     child = os.fork()
@@ -985,7 +998,7 @@ while True:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         words = ["--resume", str(run)] if (run / "config.json").exists() else begin
         sys.argv = ["train_gpt.py", *words, "--device", "cpu", "--compile", "off"]
-        t.main()
+        harness.main()
         os._exit(0)
     if n_killed == 30:
         sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -1067,22 +1080,25 @@ def test_a_student_learns_from_each_in_turn(tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(t, "train_pass", noted)
     recipe = dict(members=3, distill_alpha=0.4, student="distill_alpha=0.9", teacher_switch_every=4)
     run = train_tiny(tiny_data, tmp_path / "run", "--steps", 11, device_tokens=512, **recipe)
-    sums = [float(t.load_tensors(path)["params"]["lm_head"].sum()) for path in t.saved(run, t.WEIGHTS_FILE)]
+    sums = [
+        float(harness.load_tensors(path)["params"]["lm_head"].sum())
+        for path in harness.saved(run, harness.WEIGHTS_FILE)
+    ]
     of_the_student = [sums[0]] * 4 + [sums[1]] * 4 + [sums[2]] * 3
     assert seen == [None] * 11 + [sums[0]] * 11 + [sums[1]] * 11 + of_the_student
     # The same run as it was before the student's seventh step.
     seen.clear()
     (run / "record.json").unlink()
-    t.saved(run, t.WEIGHTS_FILE)[-1].unlink()
-    (path,) = t.saved(run, t.INDEX_FILE)
-    state = t.read_index(path)
+    harness.saved(run, harness.WEIGHTS_FILE)[-1].unlink()
+    (path,) = harness.saved(run, harness.INDEX_FILE)
+    state = harness.read_index(path)
     path.unlink()
-    c, _, _ = t.read_run(run)
+    c, _, _ = harness.read_run(run)
     p = t.init_params(c)
-    optimizer = t.MuonAdamW(p, c, t.Machine(torch.device("cpu"), torch.float32))
+    optimizer = t.MuonAdamW(p, c, harness.Machine(torch.device("cpu"), torch.float32))
     state["progress"] |= {"model": 3, "step": 6, "log_bytes": (run / "log.txt").stat().st_size}
-    shard = t.write_tensors(run / "state-30000006.0of1", optimizer.state_dict())
-    t.write_json(
+    shard = harness.write_tensors(run / "state-30000006.0of1", harness.shard_state(optimizer))
+    harness.write_json(
         run / "state-30000006", state | {"shards": [shard.name], "weights": state["weights"][:3]}, "json"
     )
     assert run_main("--resume", run, *PLAIN)[0] == 0
@@ -1104,9 +1120,11 @@ def test_warm_start(tiny_data, tmp_path, change, warm):
     student = f"distill_alpha=0.5,{change},embed_lr=0,head_lr=0,scalar_lr=0"
     recipe = dict(members=2, mtp_weight=0.3, weight_decay=0, student=student)
     run = train_tiny(tiny_data, tmp_path / "run", "--steps", 2, **recipe)
-    c, _, _ = t.read_run(run)
+    c, _, _ = harness.read_run(run)
     c_student = t.model_configs(c)[-1]
-    _, last, student = (t.load_tensors(path)["params"] for path in t.saved(run, t.WEIGHTS_FILE))
+    _, last, student = (
+        harness.load_tensors(path)["params"] for path in harness.saved(run, harness.WEIGHTS_FILE)
+    )
     begun = last if warm else t.init_params(c_student)
     assert student.keys() == t.param_shapes(c_student).keys()
     assert all(torch.equal(w, begun[name]) for name, w in student.items())
@@ -1126,8 +1144,8 @@ def test_a_student_can_come_later(tiny_data, chain, tmp_path):
 
 
 def flat_weights(run):
-    paths = t.saved(run, t.WEIGHTS_FILE)
-    return [torch.cat([w.flatten() for w in t.load_tensors(path)["params"].values()]) for path in paths]
+    paths = harness.saved(run, harness.WEIGHTS_FILE)
+    return [torch.cat([w.flatten() for w in harness.load_tensors(path)["params"].values()]) for path in paths]
 
 
 def test_chains_within_one_run(tiny_data, tmp_path):
@@ -1187,11 +1205,13 @@ def test_chains_trained_apart(tiny_data, tmp_path):
     assert steps == [str(k) for k in (1, 2, 3, 4) for _ in range(STEPS)]
 
     # The score: each member's probabilities, averaged.
-    c, meta, _ = t.read_run(joined)
-    m = t.Machine(torch.device("cpu"), torch.float32)
-    train_tokens, val_tokens = (t.read_shard(tiny_data / f"{name}.bin", 257) for name in ("train", "val"))
+    c, meta, _ = harness.read_run(joined)
+    m = harness.Machine(torch.device("cpu"), torch.float32)
+    train_tokens, val_tokens = (
+        harness.read_shard(tiny_data / f"{name}.bin", 257) for name in ("train", "val")
+    )
     inputs = t.Lookup(train_tokens[: c.train_tokens], c).inputs(val_tokens[None])
-    members = [t.stream_nll(t.load_weights(joined, k, c, m), inputs, c, m)[0] for k in range(4)]
+    members = [t.stream_nll(harness.load_weights(joined, k, c, m), inputs, c, m)[0] for k in range(4)]
     mean = -np.log(np.mean(np.exp(-np.array(members, np.float64)), axis=0))
     assert record["val_loss"] == pytest.approx(mean.sum() / 3009, rel=EXACT["rtol"])
 
@@ -1207,14 +1227,14 @@ def test_compiled_before_the_clock_and_never_again(tiny_data, tmp_path, monkeypa
     """All graphs of all phases, of members with and without a teacher and of a student, are made by
     compile_all(), and none is broken: what would be compiled later is an error here. No C++ is written for
     them, which would take minutes: test_model.py does that for one."""
-    compile_all = t.compile_all
+    compile_all = harness.compile_all
 
     def then_no_more(*args):
         seconds = compile_all(*args)
         torch.compiler.set_stance("fail_on_recompile")
         return seconds
 
-    monkeypatch.setattr(t, "compile_all", then_no_more)
+    monkeypatch.setattr(harness, "compile_all", then_no_more)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -1262,7 +1282,7 @@ def compile_with(tiny_data, run):
 @pytest.mark.parametrize("error, cause, words", COMPILERS)
 def test_a_compiler_that_fails(tiny_data, tmp_path, monkeypatch, error, cause, words):
     """The run goes on uncompiled, and the log says why, and on which rank."""
-    monkeypatch.setattr(t, "compile_model", raises(error, cause))
+    monkeypatch.setattr(harness, "compile_model", raises(error, cause))
     status, out, err = compile_with(tiny_data, tmp_path / "run")
     assert status == 0, err
     assert "compiled: no (rank 0: the " in out and words in out
@@ -1282,7 +1302,7 @@ def test_out_of_memory_while_compiling(tiny_data, tmp_path, monkeypatch, cause):
     error = RuntimeError("inductor") if cause else NO_MEMORY
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(t, "compile_model", raises(error, cause))
+        patch.setattr(harness, "compile_model", raises(error, cause))
         status, _, err = compile_with(tiny_data, run)
     assert (
         status == 1 and err.count("\n") == 1 and "rank 0: out of memory" in err and "--device_tokens" in err
@@ -1293,12 +1313,16 @@ def test_out_of_memory_while_compiling(tiny_data, tmp_path, monkeypatch, cause):
 
 def test_a_compiler_that_fails_on_another_rank(monkeypatch):
     """No rank compiles where one cannot."""
-    m = t.Machine(torch.device("cpu"), torch.float32, compiled=True)
-    monkeypatch.setattr(t, "all_gather", lambda m, value: [value, "the compiler failed"])
-    monkeypatch.setattr(t, "compile_model", lambda *args: None)
-    monkeypatch.setattr(t, "distinct_models", lambda models: models)
-    t.compile_all(["a model"], m)
-    assert not m.compiled and m.block is t.block and "(rank 1: the compiler failed)" in m.reasons["compiled"]
+    m = harness.Machine(torch.device("cpu"), torch.float32, compiled=True)
+    monkeypatch.setattr(harness, "all_gather", lambda m, value: [value, "the compiler failed"])
+    monkeypatch.setattr(harness, "compile_model", lambda *args: None)
+    monkeypatch.setattr(harness, "distinct_models", lambda models: models)
+    harness.compile_all(["a model"], m)
+    assert (
+        not m.compiled
+        and m.functions.block is t.block
+        and "(rank 1: the compiler failed)" in m.reasons["compiled"]
+    )
 
 
 # ---- mistakes of the user that are of this recipe: one line that names the option, status 2, nothing written
@@ -1379,17 +1403,17 @@ def test_on_windows_one_line_says_where_it_runs(script):
     "text, value", [("1", True), ("true", True), ("True", True), ("0", False), ("false", False)]
 )
 def test_a_switch_can_be_a_word(text, value):
-    given, _ = t.parse_args(["--iha", text])
+    given, _ = harness.parse_args(["--iha", text])
     assert given == {"iha": value}
 
 
 def test_batch_that_ranks_cannot_share(monkeypatch, tiny_data, tmp_path):
-    setup_machine = t.setup_machine
+    setup_machine = harness.setup_machine
     monkeypatch.setattr(
-        t, "setup_machine", lambda *args: dataclasses.replace(setup_machine(*args), world_size=3)
+        harness, "setup_machine", lambda *args: dataclasses.replace(setup_machine(*args), world_size=3)
     )
-    monkeypatch.setattr(t.dist, "broadcast_object_list", lambda *args, **kwargs: None)
-    monkeypatch.setattr(t.dist, "barrier", lambda: None)
+    monkeypatch.setattr(harness.dist, "broadcast_object_list", lambda *args, **kwargs: None)
+    monkeypatch.setattr(harness.dist, "barrier", lambda: None)
     run = tmp_path / "run"
     status, _, err = run_main(*options(**TINY, data=tiny_data), "--run_dir", run, *PLAIN)
     assert status == 2 and "3 ranks" in err and not run.exists()
