@@ -15,8 +15,8 @@ step), record.json, val_nll.npy and the weights.
 This file is what records change: config, schedules, model, objective, optimizer, batches, training, scoring.
 To change the model, see param_table and block; the loss: loss_function; the optimizer: muon_update and
 adamw_update. A step is train_model > train_step > train_pass > forward and objective, then optimizer.step.
-harness.py runs it: machine, files, checkpoints, log, command line. Everywhere, c is the Config, m the
-Machine, and p the weights, a dict of tensors by name.
+harness.py runs it, and its docstring lists what it calls here. Everywhere, c is the Config, m the harness's
+Machine, run its Run (folder, log, progress), and p the weights, a dict of tensors by name.
 """
 
 import harness  # isort: skip  # first, because it starts the track's clock and sets up OpenMP for torch
@@ -78,14 +78,13 @@ class Config:
     # same n-gram.
     recall: str = ""  # lengths to look up in the token's own document, such as 4,8,16
     memory: str = ""  # lengths to look up in the other training documents
-    grow_memory: bool = False  # in scoring, what they lack is looked up earlier in the stream
-    # Looped layers: loop_first..loop_last run loop_times more, from the fraction loop_from of training on.
-    loop_first: int = 0
-    loop_last: int = 0
-    loop_times: int = 0
-    loop_from: float = 0.5
+    grow_memory: bool = False  # in scoring, what training lacks is looked up in the stream's documents so far
+    loop_first: int = 0  # looped layers: the first of a range that runs several times in a row
+    loop_last: int = 0  # the last of that range, included
+    loop_times: int = 0  # how many times more it runs
+    loop_from: float = 0.5  # fraction of training at which that begins
     # learning more from the same tokens
-    epochs: float = 3.2  # passes over train_tokens, if no step had bags; their steps read bag_size as many
+    epochs: float = 3.2  # passes over train_tokens; a step with bags counts as one without, but reads more
     dropout: float = 0.0  # of what each attention and each MLP adds to the residual stream
     bag_size: int = 1  # token superposition (2605.06546): bags of tokens in, the next bag's tokens out
     bag_until: float = 0.0  # fraction of training at which bags end
@@ -93,14 +92,14 @@ class Config:
     ema: float = 0.0  # final weights are an exponential moving average with this decay per step
     members: int = 1  # models trained in turn, each with its own seed; their mean probability is scored
     chains: int = 1  # the members form this many chains; in one, each learns from the one before it
-    distill_alpha: float = 0.0  # in a chain, the share of the loss that is KL to the member before
+    distill_alpha: float = 0.0  # share of the loss that is KL to the teacher, the member before in its chain
     distill_temp: float = 1.0  # temperature of both distributions in that KL (1503.02531)
     student: str = ""  # name=value,... of a last model, distilled from all members and scored alone
     teacher_switch_every: int = 25  # steps that a student learns from one member before it turns to the next
     # optimization
     batch_tokens: int = 4096  # tokens, or bags, per optimizer step, over all ranks
-    device_tokens: int = 8192  # tokens per forward pass of one rank; fewer save memory and cost speed
-    loss_chunk: int = 1024  # tokens whose logits exist at the same time
+    device_tokens: int = 8192  # the same per forward pass of one rank; fewer save memory and cost speed
+    loss_chunk: int = 1024  # tokens whose logits are in memory at the same time
     muon_lr: float = 0.04  # for matrices
     muon_momentum: float = 0.95
     momentum_start: float = 0.85  # momentum rises from here to muon_momentum
@@ -116,7 +115,7 @@ class Config:
     warmup: float = 0.01  # fraction of training over which the learning rates rise
     warmdown: float = 0.6  # last fraction of training, over which they fall to zero
     # scoring, evaluation, housekeeping
-    ngrams: str = ""  # lengths of contexts whose counts make an n-gram model, scored with the members
+    ngrams: str = ""  # context lengths of an n-gram count model that is averaged in when scoring
     ngram_weight: float = 0.25  # its share in the mean probability
     score_stride: int = 0  # tokens between the starts of scoring windows, which may overlap; 0: seq_len
     evals: int = 8  # evaluations per model, the final score included
@@ -190,7 +189,7 @@ def model_configs(c):
         return members
     of_the_run = "track data train_tokens vocab_size bos_id seed members chains student recall memory softcap"
     names = Config.__dataclass_fields__.keys() - of_the_run.split()
-    # A student begins where its teachers ended: past the bags, with all loops.
+    # A student begins where its teachers ended: past the bags, with its loops on from the first step.
     changes = {"bag_until": 0.0, "loop_from": 0.0} | harness.parse_changes("student", c.student, names)
     return [*members, dataclasses.replace(members[0], seed=c.seed + 1000 * c.members, **changes)]
 
@@ -199,18 +198,18 @@ NO_TOKEN = 65535  # where a look-up finds nothing; no token has this id
 
 
 def lengths(text):
-    """The n-gram lengths of c.recall or c.memory."""
+    """The n-gram lengths in c.recall, c.memory or c.ngrams."""
     return [int(n) for n in text.split(",") if n]
 
 
 def n_lookups(c):
-    """How many tokens the model reads beside each."""
+    """How many looked-up tokens go with each input token."""
     return len(lengths(c.recall)) + len(lengths(c.memory))
 
 
 def check_recipe(c):
-    """Refuse what cannot be trained, before anything is loaded. A new field needs no line here, and the
-    harness has looked at the ranges of the old ones."""
+    """Refuse what cannot be trained, before anything is loaded. A new field needs no line here; the harness
+    has checked the range of each number already."""
 
     def given(*names):
         return " ".join(f"--{name} {getattr(c, name)}" for name in names)
@@ -287,13 +286,13 @@ class Param(NamedTuple):
     """A line of the parameter table: what the optimizer, checkpoints and FLOPs need to know of a
     parameter."""
 
-    shape: tuple  # of a single layer's, if there is one for each; matrices are [out, in]
+    shape: tuple  # of one layer's, where each layer has its own; matrices are [out, in]
     init: Callable  # of (stacked shape, generator): the first values, float32 on the CPU
     optimizer: str  # muon: matrices in the last two dimensions; adamw: anything
     lr: str  # the field of Config that holds its learning rate
-    decay: bool  # weight decay applies
-    n_stack: int  # 0: the model has one; else stored as [n_stack, *shape], and layer i uses i % n_stack
-    multiplied: bool  # every position is multiplied by it once (per layer that runs): counted in FLOPs
+    decay: bool  # whether weight decay applies
+    n_stack: int  # 0: not per layer; else stored as [n_stack, *shape], and layer i uses i % n_stack
+    multiplied: bool  # a matrix product at every position (in every layer that runs): counted in FLOPs
     used: bool  # by this config
 
 
@@ -310,7 +309,7 @@ def uniform(bound):
 
 
 def attention_init(bound):
-    """For the attention bank: the output projection starts at zero, so that a fresh layer is the identity."""
+    """For the attention bank: the output projection starts at zero, so a fresh layer only rescales x0."""
 
     def init(shape, g):
         w = uniform(bound)(shape, g)
@@ -322,7 +321,7 @@ def attention_init(bound):
 
 def param_table(c):
     """Name -> Param of every parameter, in the order in which their first values are drawn from the seed.
-    Starts are nanochat's and Slowrun's: layers as the identity, the first loss ln(vocab_size)."""
+    Starts are nanochat's and the NanoGPT Slowrun's: layers rescale x0, the first loss is ln(vocab_size)."""
     L = c.n_layer
     V = c.vocab_size
     D = c.n_embd
@@ -341,7 +340,7 @@ def param_table(c):
     HEAD = ("adamw", "head_lr", True)
     SCALAR = ("adamw", "scalar_lr", False)
     # fmt: off
-    #                    shape                init                       kind  n_stack multiplied used
+    #                    shape                init                      group  n_stack multiplied used
     table = {
         "wte":     Param((V, D),                normal(1.0),              *EMBED,  0, False, True),
         "lm_head": Param((V, D),                normal(0.001),            *HEAD,   0, True,  True),
@@ -350,12 +349,12 @@ def param_table(c):
         "mlp_in":  Param((2, c.mlp_hidden, D),  uniform(bound),           *MATRIX, L, True,  True),
         "mlp_out": Param((D, c.mlp_hidden),     constant(0.0),            *MATRIX, L, True,  True),
         "mix":     Param((2,),                  constant([1.1, 0.1]),     *SCALAR, L, False, True),
-        # with both, the first gates the values, the last the attention's output
+        # [0] gates the values (value_proj), [-1] the attention's output (attn_gate)
         "gates":   Param((n_gates, H, n_in),    constant(0.0),            *SCALAR, L, True,  n_gates > 0),
         "skip":    Param((L // 2,),             constant(1.0),            *SCALAR, 0, False, has_skips),
         # a table for each look-up; its last row stands for NO_TOKEN
         "lookup":  Param((n_lookup, V + 1, D),  constant(0.0),            *EMBED,  0, False, has_lookups),
-        "iha":     Param((3, H, H),             constant(torch.eye(H)),            *SCALAR, L, False, c.iha),
+        "iha":     Param((3, H, H),             constant(torch.eye(H)),   *SCALAR, L, False, c.iha),
         # not multiplied in scoring: PlannedModel.phase_flops counts it for training
         "mtp":     Param((1, D, D),             uniform(bound),           *MATRIX, 0, False, has_mtp),
     }
@@ -399,15 +398,15 @@ def rotate(x, cos, sin):
 
 def attention_masks(starts, windows, m):
     """Masks for attention(), by window size. The three implementations (varlen and flex on a GPU, sdpa
-    anywhere) allow the same pairs: token i sees token j if j <= i, i - j < window, and no document begins
-    after j up to i. starts [B, T]: where one begins; on the CPU, so that nothing waits for the device."""
+    anywhere) allow the same pairs: token i sees token j if j <= i, i - j < window, and no document begins in
+    (j, i]. starts [B, T], bool: where a document begins; on the CPU, so that nothing waits for the device."""
     B, T = starts.shape
     if m.attention == "varlen":  # rows and documents are sequences of one long batch
         starts = starts.clone()
         starts[:, 0] = True
         firsts = starts.flatten().nonzero()[:, 0].int()
         # Padded to a power of two with empty sequences, so that the kernel nearly always sees one shape.
-        # There is always one: it also ends the last document.
+        # At least one is added: it ends the last document.
         room = 1 << max(B * T // 256, len(firsts)).bit_length()
         cu_seqlens = to_device(F.pad(firsts, (0, room - len(firsts)), value=B * T), m)
         return {window: (cu_seqlens, window) for window in windows}
@@ -476,7 +475,7 @@ def attention(q, k, v, mask, impl):
 
 
 def try_attention(m, c):
-    """Raises where m.attention does not work."""
+    """Raises where m.attention does not work on this machine; the harness then tries the next one."""
     shape = (2, 128, c.n_head, c.n_embd // c.n_head)
     q = torch.randn(shape, device=m.device, dtype=m.dtype, requires_grad=True)
     starts = torch.zeros(2, 128, dtype=torch.bool)
@@ -555,8 +554,8 @@ def forward(p, inputs, c, m, phase, dropout=0.0, run_block=block):
     cos, sin = rope_tables(T, c.n_embd // c.n_head, m.device, m.dtype)
     windows = [min(layer_window(c, i), T) for i in phase.layers]
     masks = attention_masks(document_starts(inputs, c, phase.bag_size), sorted(set(windows)), m)
-    # Stacked parameters are cast and taken apart once per pass, not once per use. step_weights() leaves
-    # out iha.
+    # Stacked parameters are cast and taken apart once per pass, not once per use. In training,
+    # step_weights() has applied iha already and left it out.
     stacked = [name for name, entry in param_table(c).items() if entry.n_stack and name in p]
     banks = {name: p[name].to(m.dtype).unbind(0) for name in stacked}
     x = x0 = norm(x.to(m.dtype))
@@ -588,7 +587,7 @@ def flops_per_token(c, phase):
 # ---- objective ---------------------------------------------------------------------------------------------
 
 
-def low_precision_head(w, dtype):
+def padded_head(w, dtype):
     """The head [V, D] in the dtype of the matrix products. A row of 50,257 logits in bf16 does not begin at a
     multiple of 16 bytes, as a GPU's fast kernels need, so V is rounded up to a multiple of 8."""
     return F.pad(w.to(dtype), (0, 0, 0, -len(w) % 8))
@@ -596,7 +595,7 @@ def low_precision_head(w, dtype):
 
 def head_logits(h, head, c):
     """Float32 logits [..., V] within +-c.softcap, of hidden states h [..., D] under a head, which may be a
-    low_precision_head() with rows beyond V."""
+    padded_head() with rows beyond V."""
     logits = F.linear(h, head)[..., : c.vocab_size].float()
     return c.softcap * torch.tanh(logits / c.softcap)
 
@@ -604,8 +603,8 @@ def head_logits(h, head, c):
 def loss_function(logits, targets, c, teacher_logits=None):
     """(the loss to minimize, what to log of it by name), sums over a chunk of n tokens, in nats. Plain
     PyTorch: a new term is a line here, and every entry of the dict is logged at every step; "loss" stays the
-    plain cross-entropy. Leave out the rows with targets[:, 0] < 0. The further target (mtp_weight) goes
-    through this function, too. A term that needs hidden states or weights goes into train_pass.
+    plain cross-entropy. A new term must skip the rows with targets[:, 0] < 0. The further target (mtp_weight)
+    goes through this function, too. A term that needs hidden states or weights goes into train_pass.
 
     logits: [n, V] float32. targets: [n, K], the K tokens of the next bag, weighted equally; -1 is ignored.
     teacher_logits: [n, V] of the model to learn from. With it the loss is (1 - alpha) * CE + alpha
@@ -625,7 +624,7 @@ def loss_function(logits, targets, c, teacher_logits=None):
 
 def chunk_grad(h, head, targets, scale, c, teacher_h=None, teacher_head=None):
     """((gradient of h, gradient of head), logged sums) of scale * loss_function for a chunk of hidden
-    states h [n, D] under a low_precision_head()."""
+    states h [n, D] under a padded_head()."""
 
     def scaled_loss(h, head):
         teacher_logits = None
@@ -639,7 +638,7 @@ def chunk_grad(h, head, targets, scale, c, teacher_h=None, teacher_head=None):
 
 def objective(h, head, targets, scale, c, m, teacher_out=None):
     """(gradient of h, float32 gradient of head, logged sums) of scale * loss, chunk by chunk: never all
-    logits at once. h [N, D] from forward(); head from low_precision_head(); targets [N, K]; scale: a tensor,
+    logits at once. h [N, D] from forward(); head from padded_head(); targets [N, K]; scale: a tensor,
     for torch.compile would recompile for every new number; teacher_out: a teacher's (h, head)."""
     grad_h = torch.empty_like(h)
     grad_head = torch.zeros_like(head, dtype=torch.float32)
@@ -755,10 +754,10 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self, step, lr, wd, momentum):
-        """lr and wd: multiples of the config's (see schedules). Drops the gradients, p[name].grad."""
+        """lr and wd: multiples of the config's (see schedules). Frees the gradients, p[name].grad."""
         summed = {}  # name -> (gradient of this rank's shard, pending communication)
         for name, w in self.p.items():  # every sum is under way before the first update needs one
-            # A parameter that this phase does not use has no gradient; its momentum decays.
+            # A parameter that this phase does not use has no gradient: it counts as zero.
             grad = self.items(name, torch.zeros_like(w) if w.grad is None else w.grad)
             w.grad = None
             pending = None
@@ -802,8 +801,8 @@ def pad_items(x, n):
 
 
 def functions(m):
-    """What training runs, plain or compiled. Scoring runs block() as it is. One layer is compiled, not the
-    whole model: all layers share the code, in whatever order a phase runs them."""
+    """m.functions: what training runs, plain or compiled. Scoring runs block() as it is. One layer is
+    compiled, not the whole model: all layers share the code, in whatever order a phase runs them."""
     chosen = types.SimpleNamespace(block=block, chunk_grad=chunk_grad, muon_update=muon_update)
     if m.compiled:
         chosen.block = torch.compile(block, dynamic=False)
@@ -876,7 +875,7 @@ class Streams:
         return last
 
 
-# Times the number of a stream or document, added to hashes, which then agree only within it.
+# A stream's or document's number times this is added to hashes, which then match only within it.
 GROUP_CODE = np.uint64(0xD6E8FEB86659FD93)
 
 
@@ -889,11 +888,11 @@ def run_starts(ngram, document):
 class Lookup:
     """Makes the model's inputs: each token, and beside it, for each length n of c.recall, the token that
     followed the last occurrence in the same document of the n tokens that end here; for each of c.memory the
-    same from the training documents. Training tokens skip matches in their own document: unseen text has none
-    in memory, and a model that had seen them would trust memory too much. In scoring, c.grow_memory adds the
-    documents that the stream has finished, for n-grams that training lacks. NO_TOKEN where there is no
-    occurrence. Hard-wired induction (2401.12973) and retrieval (2112.04426): exact, without attention, as far
-    back as the document goes, and never ahead."""
+    same from the training documents. Training tokens skip matches in their own document: a new text's own is
+    never in memory, and a model that had seen such matches would trust memory too much. In scoring,
+    c.grow_memory adds the documents that the stream has finished, for n-grams that training lacks. NO_TOKEN
+    where there is no occurrence. Hard-wired induction (2401.12973) and retrieval (2112.04426): exact, without
+    attention, as far back as the document goes, and never ahead."""
 
     def __init__(self, train_tokens, c):
         """train_tokens: [n] of the budget; in scoring, c.memory and c.ngrams need them."""
@@ -952,7 +951,7 @@ class Lookup:
         return columns.T.reshape(*ids.shape, -1)
 
 
-DISCOUNT = 0.8  # of a count of one, so much goes to what a context was not followed by
+DISCOUNT = 0.8  # taken off each count and given to the next shorter context; tuned on prose and pocket
 
 
 def sums_before(groups, *values):
@@ -972,8 +971,8 @@ def sums_before(groups, *values):
 
 def counts_before(context, ngram, counted, known=False):
     """(how often the context of each place was there before, with how many kinds of tokens, how often its
-    n-gram was; whether the n-gram is new). Only occurrences that are `counted` count. known: n-grams that are
-    not new, because something else has them."""
+    n-gram was; whether the n-gram is new). Only occurrences that are `counted` count. known: n-grams that
+    training has, which are not new."""
     occurrences, hits = sums_before(ngram, np.ones(len(ngram)), counted)
     is_new = (occurrences == 0) & np.logical_not(known)
     counts, n_kinds = sums_before(context, counted, is_new)
@@ -983,8 +982,9 @@ def counts_before(context, ngram, counted, known=False):
 class NgramModel:
     """Counts of what followed a context, as a model of their own: Kneser and Ney's (1995) with one discount,
     interpolated from the shortest length of c.ngrams to the longest. Each length comes twice: with the counts
-    of the training tokens and the stream so far, and with those of the token's document alone. A shorter
-    context counts a token only where the next longer one had not been followed by it before."""
+    of the training tokens and the stream so far, and with those of the token's document alone. Counting goes
+    from the longest to the shortest: a context counts a token only where the next longer one had not been
+    followed by it before."""
 
     def __init__(self, train_tokens, c):
         self.c = c
@@ -1007,7 +1007,7 @@ class NgramModel:
     def probabilities(self, ids):
         """Of every token of independent streams of ids [n_streams, length], in the same shape."""
         streams = Streams(ids, self.c.bos_id)
-        in_stream = np.ones(ids.size, bool)  # what counts there at the length at hand
+        in_stream = np.ones(ids.size, bool)  # which places count at the length at hand
         in_document = np.ones(ids.size, bool)
         levels = []
         for n in reversed(self.lengths):
@@ -1048,7 +1048,7 @@ def find(known, query):
 class Loader:
     """Training batches as a function of the step alone: nothing to save, any position can be resumed.
 
-    An epoch is the budget's documents in an order drawn from (seed, epoch), laid end to end and cut every
+    An epoch is the training documents in an order drawn from (seed, epoch), laid end to end and cut every
     seq_len tokens into rows, which are then shuffled. A document that would end with its row is taken
     early, so that the next row starts at a BOS. Every token but the epoch's first is a target exactly once;
     the last row is filled up with targets of -1, which do not count. With bags of s tokens a row holds s *
@@ -1268,11 +1268,11 @@ def train_pass(p, x, y, n_targets, c, m, phase, seed, teacher=None):
             h = forward(
                 p_teacher, x, c_teacher, m, phase_schedule(1.0, c_teacher), run_block=m.functions.block
             )
-        teacher_out = h.flatten(0, 1), low_precision_head(p_teacher["lm_head"], m.dtype)
+        teacher_out = h.flatten(0, 1), padded_head(p_teacher["lm_head"], m.dtype)
     h = forward(p, x, c, m, phase, c.dropout, m.functions.block).flatten(0, 1)
     # The backward pass has two parts: objective() goes back through the loss and the head, whose gradient is
     # added by hand below; from h on, autograd takes over.
-    head = low_precision_head(p["lm_head"].detach(), m.dtype)
+    head = padded_head(p["lm_head"].detach(), m.dtype)
     scale = torch.full((), 1 / n_targets, device=m.device)
     grad_h, grad_head, logged = objective(h.detach(), head, y.flatten(0, 1), scale, c, m, teacher_out)
     roots = [h]
@@ -1418,7 +1418,7 @@ def stream_nll(p, inputs, c, m):
 
 def token_nll(h, lm_head, targets, c):
     """-log p(target) of every token in nats, float32 [N], chunk by chunk. h [N, D], targets [N]."""
-    head = low_precision_head(lm_head, h.dtype)
+    head = padded_head(lm_head, h.dtype)
     parts = []
     for part, target in zip(h.split(c.loss_chunk), targets.split(c.loss_chunk), strict=True):
         parts.append(F.cross_entropy(head_logits(part, head, c), target, reduction="none"))

@@ -186,7 +186,7 @@ def objective_cost(c, m, n_rounds):
     h = torch.randn(c.device_tokens, c.n_embd, device=m.device, dtype=m.dtype)
     # Logits of a trained model's size: beyond the softcap gradients are denormals.
     w = torch.randn(c.vocab_size, c.n_embd, device=m.device) / c.n_embd**0.5
-    head = t.low_precision_head(w, m.dtype)
+    head = t.padded_head(w, m.dtype)
     targets = torch.randint(c.vocab_size, (c.device_tokens, 1), device=m.device)
     scale = torch.tensor(1 / c.device_tokens, device=m.device)
     logits = h.new_empty(min(c.loss_chunk, len(h)), len(head))

@@ -65,7 +65,7 @@ def test_buffers_of_a_compiled_chunk(with_teacher):
         pytest.skip(f"nothing to count: {m.reasons['compiled']}")
     c = config(vocab_size=1003, distill_alpha=0.5)
     h = torch.randn(24, 16, dtype=torch.bfloat16)
-    head = t.low_precision_head(torch.randn(1003, 16), torch.bfloat16)
+    head = t.padded_head(torch.randn(1003, 16), torch.bfloat16)
     taught = (h, head) if with_teacher else ()
     targets = torch.zeros(24, 1, dtype=torch.long)
     _, (code,) = run_and_get_code(m.functions.chunk_grad, h, head, targets, torch.tensor(1.0), c, *taught)

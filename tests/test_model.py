@@ -574,9 +574,9 @@ def plain_objective(h, w, targets, c, teacher=None):
 
 def chunked(h, w, targets, c, m, scale=1.0, teacher=None):
     """objective() with heads of float32."""
-    head = t.low_precision_head(w, h.dtype)
+    head = t.padded_head(w, h.dtype)
     if teacher:
-        teacher = teacher[0], t.low_precision_head(teacher[1], h.dtype)
+        teacher = teacher[0], t.padded_head(teacher[1], h.dtype)
     scale = torch.tensor(scale, device=m.device)
     return t.objective(h, head, targets, scale, c, m, teacher)
 
