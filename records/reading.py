@@ -410,6 +410,14 @@ class Alone(NamedTuple):
     )
 
 
+class Without(NamedTuple):
+    """The loss of the members together without what is mixed into their mean after them."""
+
+    loss: float
+
+    form = rf"without [^:]+: (?P<loss>{FLOAT}) nats per token"
+
+
 class Compiled(NamedTuple):
     """The seconds of compilation that a part of the run left out of its clock."""
 
@@ -484,6 +492,7 @@ KINDS = {
     "probe": Eval,
     "done:": Done,
     "alone:": Alone,
+    "without": Without,
     "chain": Chain,
     "compiled:": Compiled,
     "hardware:": Hardware,

@@ -9,7 +9,7 @@ from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "records"))
 import reading
-from reading import Alone, Chain, Done, Eval, Hardware, Malformed, Score, Size, Step, Trained
+from reading import Alone, Chain, Done, Eval, Hardware, Malformed, Score, Size, Step, Trained, Without
 
 pytestmark = pytest.mark.contract
 
@@ -44,6 +44,7 @@ def write_log(path, lines, source=b"print(1)\nval_loss 0.1\n"):
             "member 1 alone: 0.704998; the members so far together: 0.704998 nats per token",
             Alone(1, 0.704998, 0.704998),
         ),
+        ("without n-grams: 0.997234 nats per token", Without(0.997234)),
         ("chain 2 of 3: 8 rank(s), 0.1 s, seed 1", Chain(8)),
         ("hardware: AMD EPYC, 2 cores; 1 rank(s) of 2 thread(s)", Hardware("AMD EPYC, 2 cores", 1, 2)),
         ("run runs/a: track pocket, 2,016,138 parameters, 781 steps of 4,096 tokens", Size(2_016_138)),

@@ -349,6 +349,38 @@ def no_note(root, folder):
 
 
 @pytest.mark.parametrize(
+    "lines, holds",
+    [
+        (["member 2 alone: 0.9; the members so far together: 0.850000 nats per token"], True),
+        (["member 2 alone: 0.9; the members so far together: 0.851000 nats per token"], False),
+        # Whatever a script mixes in, if its log says what the members reach without that.
+        (
+            [
+                "member 2 alone: 0.9; the members so far together: 0.880000 nats per token",
+                "without an oracle: 0.880000 nats per token",
+            ],
+            True,
+        ),
+        (
+            [
+                "member 2 alone: 0.9; the members so far together: 0.850000 nats per token",
+                "without an oracle: 0.880000 nats per token",
+            ],
+            False,
+        ),
+    ],
+)
+def test_the_members_together_are_the_result(lines, holds):
+    entries = [reading.parse_line(line) for line in ["member 1 alone: 0.9; anything", *lines]]
+    log = reading.Log([], [], {}, None, entries)
+    said = []
+    verify.verify_evaluations(
+        lambda fine, *rest: fine or said.append(rest), log, {"val_loss": 0.85, "members": 2}
+    )
+    assert bool(said) != holds
+
+
+@pytest.mark.parametrize(
     "tamper, words",
     [
         (better_score_in_log, ["log.txt: val_loss is claimed", "in record.json"]),
