@@ -1015,8 +1015,6 @@ class Monitor:
         self.saver = saver
         self.first_step = run.progress["step"]
         self.flops_done = 0
-        self.flops_left = sum(model.step_flops[self.first_step :])
-        self.flops_left += sum(later.train_flops for later in run.plan[model.number + 1 :])
         self.began = time.monotonic()
         n_steps = model.batches.steps
         self.eval_after = {round(n_steps * (i + 1) / model.c.evals) for i in range(model.c.evals - 1)}
@@ -1097,20 +1095,19 @@ class Monitor:
         self.last_losses = f"{where}: {terms}"
         self.require_finite(all(map(math.isfinite, losses.values())))
         self.flops_done += model.step_flops[step]
-        self.flops_left -= model.step_flops[step]
         seconds = time.monotonic() - self.began
         seconds_per_flop = seconds / self.flops_done
         lr = script.lr_schedule(model.batches.done(step), c) * c.muon_lr
         speed = (step + 1 - self.first_step) * c.batch_tokens / seconds
-        left = self.flops_left * seconds_per_flop  # of the whole run's training, at the speed so far
+        # Of the whole run's training, evaluations and checkpoints, at the speed so far.
+        left = seconds_left(run.plan[model.number :], step + 1, seconds_per_flop, run.m)
         so_far = run.seconds()
         epoch = model.batches.epochs_done(step + 1)
         times = f"tok/s {speed:.0f} time {so_far:.1f}s left {left:.0f}s"
         line = f"{where} epoch {epoch:.3f} {terms} lr {lr:.5f} {times}"
         run.log(line, pause=0.0 if step + 1 == n_steps else 2.0)
         if step + 1 == self.first_step + 100:  # now the speed is known: will the run end in the track's time?
-            to_the_end = seconds_left(run.plan[model.number :], step + 1, seconds_per_flop, run.m)
-            ask_referee(run, "--seconds", f"{run.seconds() + to_the_end:.0f}")
+            ask_referee(run, "--seconds", f"{so_far + left:.0f}")
         if val_loss is not None:
             run.log(f"{model.name}eval {step + 1}/{n_steps} val_loss {val_loss:.4f} on {run.eval_name}")
         place = {"model": model.number + 1, "step": step + 1, "steps": n_steps, "epoch": epoch}
@@ -1392,29 +1389,34 @@ def read_rules(track):
     return tracks["datasets"].get(rules.get("dataset"), {}) | rules
 
 
+def n_kept(c):
+    """Numbers that the optimizer keeps beside the weights, and of their average."""
+    copies = {"muon": 1, "adamw": 2}  # moments; a script without --ema has no average
+    averages = getattr(c, "ema", 0) > 0
+    sizes = {name: math.prod(shape) for name, shape in script.param_shapes(c).items()}
+    table = script.param_table(c)
+    return sum((copies[table[name].optimizer] + averages) * size for name, size in sizes.items())
+
+
 def memory_estimate(model, m):
     """GB that one rank holds at the peak of a compiled step, {kind: GB}. A formula, not a measurement:
     tests/test_dry_run.py holds it to 10% of a simulated step."""
     c = model.c
     low = m.dtype.itemsize
-    table = script.param_table(c)
-    sizes_of = {name: math.prod(shape) for name, shape in script.param_shapes(c).items()}
     n = script.n_params(c)
     n_weights = n + (script.n_params(model.teachers[0].c) if model.teachers else 0)
-    kept = {"muon": 1, "adamw": 2}  # moments, and below the average of the weights
-    n_kept = sum((kept[table[name].optimizer] + (c.ema > 0)) * size for name, size in sizes_of.items())
     rows = min(c.batch_tokens // c.seq_len // m.world_size, c.device_tokens // c.seq_len)
     tokens = rows * c.seq_len
     n_layers = max(len(phase.layers) for phase in model.batches.phases)
     # What torch.compile keeps of a layer for its backward pass, in numbers per token.
     per_layer = (10 + 2 * c.value_proj + c.attn_gate + (c.dropout > 0)) * c.n_embd + 3 * c.mlp_hidden
     # The head's copy in low precision, a teacher's, and the gradient of the micro-batch at hand.
-    heads = (low * (2 if model.teachers else 1) + 4) * sizes_of["lm_head"]
+    heads = (low * (2 if model.teachers else 1) + 4) * c.vocab_size * c.n_embd
     # Buffers that a compiled chunk_grad() holds: so many in low precision, and so many in float32.
     per_logit = 3 * low + 4 * 4 if model.teachers else 2 * low + 2 * 4
     sizes = {
         "weights": 4 * n_weights,
-        "optimizer": 4 * n_kept / m.world_size,
+        "optimizer": 4 * n_kept(c) / m.world_size,
         "gradients": 4 * n,
         "activations": low * (tokens * (n_layers * per_layer + 5 * c.n_embd) + n) + heads,
         "logits": min(tokens, c.loss_chunk) * c.vocab_size * per_logit,
@@ -1424,7 +1426,7 @@ def memory_estimate(model, m):
 
 def shard_size(model, m):
     """GB that each rank copies and writes in a checkpoint."""
-    return 4e-9 * script.n_params(model.c) / m.world_size + memory_estimate(model, m)["optimizer"]
+    return 4e-9 * (script.n_params(model.c) + n_kept(model.c)) / m.world_size
 
 
 def with_expected_vocabulary(c):

@@ -62,6 +62,7 @@ def seed_groups(root, dataset):
                 log = read_log(path)
                 on_this = log.data["sha256"]["val.bin"] == dataset["sha256"]["val.bin"]
                 seed = log.config["seed"]
+                on_enough = log.config["train_tokens"] >= dataset["train_tokens"] / 4
             except (OSError, ValueError, KeyError, TypeError):
                 # A damaged log, or one that tells no data. In a record, verify names it.
                 continue
@@ -71,7 +72,6 @@ def seed_groups(root, dataset):
             recipe = json.dumps([log.sources[0].sha256, log.config | {"seed": None}], sort_keys=True)
             if recipe not in found and folder in MEASURED:
                 name = path.relative_to(root / "records").as_posix()
-                on_enough = log.config["train_tokens"] >= dataset["train_tokens"] / 4
                 found[recipe] = Group(name, {}, bool(log.config.get("recall")) and on_enough)
             if recipe in found:
                 # A record's own log may be among the measured ones, too.
