@@ -71,14 +71,14 @@ class Config:
     window_pattern: str = "SSSL"  # short and long, repeated over the layers; the last layer is always long
     softcap: float = 15.0  # logits are softcap * tanh(logits / softcap)
     value_proj: bool = True  # layers add a gated projection of the embedding x0 to their values (2410.17897)
-    unet: bool = True  # layer i's output is added to the input of layer n_layer-1-i
+    unet: bool = True  # layer i's output, times a learned scalar, is added to the input of layer n_layer-1-i
     attn_gate: bool = True  # each head's output times a sigmoid of the layer's input
     iha: bool = False  # learned matrices mix the heads' queries, keys and values (2602.21371)
     # Look-ups: for each length n, the model also gets the token that followed the last occurrence of the
     # same n-gram.
     recall: str = ""  # lengths to look up in the token's own document, such as 4,8,16
     memory: str = ""  # lengths to look up in the other training documents
-    grow_memory: bool = False  # in scoring, what training lacks is looked up in the stream's documents so far
+    grow_memory: bool = False  # in scoring, n-grams that training lacks are looked up earlier in the text
     loop_first: int = 0  # looped layers: the first of a range that runs several times in a row
     loop_last: int = 0  # the last of that range, included
     loop_times: int = 0  # how many times more it runs
@@ -126,12 +126,12 @@ class Config:
 
 
 LOOK_UP = dict(recall="1,2,3,4,5,6,8,12,16,24,32", memory="3,4,5,6,8,12,16,24")
-TWO_TARGETS = dict(mtp_weight=0.3, iha=True)
+MTP_IHA = dict(mtp_weight=0.3, iha=True)
 
-# What runs without --track: a small recipe for a first look on any machine.
-SMALL = LOOK_UP | TWO_TARGETS | dict(n_layer=3, n_embd=96, mlp_hidden=256, weight_decay=0.25)
+# Without --track: a small recipe on the pocket track's data, for a first look on any machine.
+SMALL = LOOK_UP | MTP_IHA | dict(n_layer=3, n_embd=96, mlp_hidden=256, weight_decay=0.25)
 
-POCKET = LOOK_UP | TWO_TARGETS | dict(ema=0.99, weight_decay=0.25, score_stride=256)
+POCKET = LOOK_UP | MTP_IHA | dict(ema=0.99, weight_decay=0.25, score_stride=256)
 PROSE = (
     POCKET
     | dict(data="prose", epochs=5.7, evals=4, score_stride=0)
@@ -139,7 +139,7 @@ PROSE = (
 )
 
 FINEWEB = (
-    TWO_TARGETS
+    MTP_IHA
     | dict(data="fineweb", train_tokens=100_000_000, seq_len=2048, window_short=1024, ema=0.995, dropout=0.1)
     | dict(batch_tokens=524_288, device_tokens=16_384, loss_chunk=4096)
     | dict(warmup=0.0, evals=12, eval_windows=512, save_every=500)
@@ -166,7 +166,7 @@ PRESETS = {
     "pocket_unlimited": POCKET | dict(epochs=6.0, members=3, distill_alpha=0.4),
     "prose": PROSE,
     "prose_unlimited": PROSE | dict(ngrams="", members=2, distill_alpha=0.4),
-    "mini": TWO_TARGETS
+    "mini": MTP_IHA
     | dict(data="mini", train_tokens=10_000_000, window_short=512, ema=0.995, dropout=0.1)
     | dict(n_layer=12, n_embd=768, n_head=6, mlp_hidden=2112)
     | dict(batch_tokens=65_536, device_tokens=65_536, loss_chunk=8192)
@@ -292,7 +292,7 @@ class Param(NamedTuple):
     lr: str  # the field of Config that holds its learning rate
     decay: bool  # whether weight decay applies
     n_stack: int  # 0: not per layer; else stored as [n_stack, *shape], and layer i uses i % n_stack
-    multiplied: bool  # a matrix product at every position (in every layer that runs): counted in FLOPs
+    multiplied: bool  # in a matrix product at every position, once per layer that runs: counted in FLOPs
     used: bool  # by this config
 
 
@@ -405,8 +405,8 @@ def attention_masks(starts, windows, m):
         starts = starts.clone()
         starts[:, 0] = True
         firsts = starts.flatten().nonzero()[:, 0].int()
-        # Padded to a power of two with empty sequences, so that the kernel nearly always sees one shape.
-        # At least one is added: it ends the last document.
+        # Padded with empty sequences to a power of two, so that the kernel nearly always sees one shape.
+        # There is always at least one entry of padding: it ends the last document.
         room = 1 << max(B * T // 256, len(firsts)).bit_length()
         cu_seqlens = to_device(F.pad(firsts, (0, room - len(firsts)), value=B * T), m)
         return {window: (cu_seqlens, window) for window in windows}
@@ -574,7 +574,7 @@ def forward(p, inputs, c, m, phase, dropout=0.0, run_block=block):
 
 def flops_per_token(c, phase):
     """FLOPs of a forward pass per position: two per weight that is multiplied, and the attention over the
-    average window."""
+    average window, as if no document began in it."""
     weights = 0
     for entry in param_table(c).values():
         if entry.multiplied:
@@ -708,7 +708,7 @@ class MuonAdamW:
     whole matrices [n, out, in] for Muon, single numbers [n] for AdamW. Each rank owns a shard of ceil(n /
     world_size) consecutive items and keeps optimizer state for these alone. A step sums the gradients onto
     their owners, updates there, and sends the result to everyone; a single rank owns everything and sends
-    nothing."""
+    nothing. Collectives have PyTorch 2.13's names: all_gather_single was all_gather_into_tensor."""
 
     def __init__(self, p, c, m):
         self.p = p
@@ -839,8 +839,8 @@ class Streams:
         self.document = np.cumsum(starts, dtype=np.uint64)  # each token's document
         begins = np.maximum.accumulate(np.where(starts, place, 0))
         self.offset = place - begins  # each token's position in its document
-        # Random codes of the tokens, times powers of an odd number, modulo 2**64. The hash of every n-gram
-        # is then a difference of one running sum, shifted to a common power.
+        # A running sum of each token's random code times inverse powers of an odd number, modulo 2**64. An
+        # n-gram's hash is the difference of two such sums, times the power that cancels its position.
         base = 0x9E3779B97F4A7C15
         codes = np.random.default_rng(0).integers(0, 2**64, NO_TOKEN + 1, dtype=np.uint64)
         self.power = np.cumprod(np.full(len(place), base, dtype=np.uint64))
@@ -892,19 +892,19 @@ class Lookup:
     never in memory, and a model that had seen such matches would trust memory too much. In scoring,
     c.grow_memory adds the documents that the stream has finished, for n-grams that training lacks. NO_TOKEN
     where there is no occurrence. Hard-wired induction (2401.12973) and retrieval (2112.04426): exact, without
-    attention, as far back as the document goes, and never ahead."""
+    attention, as far back as the document goes, and never ahead in it."""
 
     def __init__(self, train_tokens, c):
         """train_tokens: [n] of the budget; in scoring, c.memory and c.ngrams need them."""
         self.train_tokens = train_tokens
         self.c = c
-        self.index = []  # for each length of c.memory: the n-grams of the training tokens in sorted order
+        self.index = []  # for each length of c.memory: (places, n-grams, documents, run starts), by n-gram
         if not c.memory:
             return
         streams = Streams(train_tokens[None], c.bos_id)
         for n in lengths(c.memory):
             # Nothing follows the last token. N-grams across a document's boundary are indexed, too, but hold
-            # a BOS inside, which no query does.
+            # a BOS past their first token, which no query does.
             ngram = streams.ngrams(n)[:-1]
             order = np.argsort(ngram, kind="stable")
             ngram = ngram[order]
@@ -938,8 +938,8 @@ class Lookup:
             match = np.empty(ids.size, np.int64)
             match[by_value] = np.searchsorted(known, ngram[by_value], side="right") - 1
             if in_training:
-                # The last match is in this very document: take the entry before the document's run, which may
-                # be of another n-gram and is then no match.
+                # Where the last match is in this very document, take the entry before the document's run; it
+                # may be of another n-gram and is then no match.
                 own = document[match] == streams.document
                 match = np.where(own, run_start[match] - 1, match)
             found = (match >= 0) & (known[match] == ngram) & (streams.offset >= n - 1)
@@ -970,9 +970,9 @@ def sums_before(groups, *values):
 
 
 def counts_before(context, ngram, counted, known=False):
-    """(how often the context of each place was there before, with how many kinds of tokens, how often its
-    n-gram was; whether the n-gram is new). Only occurrences that are `counted` count. known: n-grams that
-    training has, which are not new."""
+    """(for each place, how often its context came before, how many different tokens followed it, how often
+    its own token did; whether that follows for the first time). Only `counted` occurrences count. known: n-grams
+    that training has, which are not new."""
     occurrences, hits = sums_before(ngram, np.ones(len(ngram)), counted)
     is_new = (occurrences == 0) & np.logical_not(known)
     counts, n_kinds = sums_before(context, counted, is_new)
@@ -983,8 +983,8 @@ class NgramModel:
     """Counts of what followed a context, as a model of their own: Kneser and Ney's (1995) with one discount,
     interpolated from the shortest length of c.ngrams to the longest. Each length comes twice: with the counts
     of the training tokens and the stream so far, and with those of the token's document alone. Counting goes
-    from the longest to the shortest: a context counts a token only where the next longer one had not been
-    followed by it before."""
+    from the longest to the shortest: below the longest, a context counts a token only where the next longer
+    one meets it for the first time."""
 
     def __init__(self, train_tokens, c):
         self.c = c
@@ -1012,7 +1012,7 @@ class NgramModel:
         levels = []
         for n in reversed(self.lengths):
             places, context, ngram = streams.contexts(n)
-            # The document is that of the context: a BOS ends it, and is one of its tokens here.
+            # A token counts in its context's document, so a BOS is the last token of the one that it ends.
             document = streams.document[places - 1] * GROUP_CODE
             *counts, is_new = counts_before(context + document, ngram + document, in_document[places])
             levels.append((places, *counts))
@@ -1050,10 +1050,10 @@ class Loader:
 
     An epoch is the training documents in an order drawn from (seed, epoch), laid end to end and cut every
     seq_len tokens into rows, which are then shuffled. A document that would end with its row is taken
-    early, so that the next row starts at a BOS. Every token but the epoch's first is a target exactly once;
-    the last row is filled up with targets of -1, which do not count. With bags of s tokens a row holds s *
-    seq_len tokens, and each bag's targets are the s tokens of the next bag. inputs: [n, 1 + n_lookups(c)]
-    of Lookup; the first c.train_tokens are used."""
+    early, so that the next row starts at a BOS. Every token but the epoch's first (or first bag) is a target
+    exactly once; the last row is filled up with targets of -1, which do not count. With bags of s tokens a
+    row holds s * seq_len tokens, and each bag's targets are the s tokens of the next bag. inputs: [n, 1 +
+    n_lookups(c)] of Lookup; the first c.train_tokens are used."""
 
     def __init__(self, inputs, c, rank=0, world_size=1, bag_size=1):
         self.inputs = inputs[: c.train_tokens]
@@ -1092,7 +1092,7 @@ class Loader:
                 filled += self.lengths[chosen]
         self.epoch = epoch
         self.ends = np.cumsum(self.lengths[order])
-        # From a place in the epoch's stream to the same token's place in inputs.
+        # What to add to a place in the epoch's stream to get the same token's place in inputs, by document.
         self.shift = self.starts[order] + self.lengths[order] - self.ends
         self.rows = rng.permutation(self.rows_per_epoch)
 
@@ -1246,7 +1246,7 @@ def step_weights(p, c, m):
             weights[name].register_post_accumulate_grad_hook(functools.partial(add_up, name))
     yield weights
     if c.iha:
-        mixed_attention().backward(grads.pop("attn"))  # mixed again: until now that would have taken memory
+        mixed_attention().backward(grads.pop("attn"))  # mixed again, as keeping the graph would take memory
     for name, grad in grads.items():
         p[name].grad = grad
 
@@ -1256,8 +1256,8 @@ def train_pass(p, x, y, n_targets, c, m, phase, seed, teacher=None):
     Loader.batch. n_targets: of the whole batch, over which the losses are averaged. teacher: (Config,
     weights). Returns the logged losses.
 
-    A new term of hidden states or weights: append it to `roots` and its gradient to `grads`, divided by
-    n_targets, for gradients are summed over passes and ranks; what is logged is divided below."""
+    A new term of hidden states or weights: append it to `roots` and its gradient to `grads`. Passes and
+    ranks add up: divide a sum over tokens by n_targets; a term of weights takes (y >= 0).sum() / n_targets."""
     # Dropout depends only on the seed, the step, the rank and the micro-batch, so a resumed run repeats it.
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     y = to_device(y, m)
@@ -1333,8 +1333,8 @@ def train_step(p, optimizer, model, step, batch, m, teacher):
 
 
 def train_model(run, model, shards, saver):
-    """Train one model of a run, from the shards of a checkpoint or from the start. Returns its final
-    weights."""
+    """Train one model of a run, and return its final weights. shards: of a checkpoint, which load_shards()
+    puts into p, optimizer and ema; empty at the start. The Monitor evaluates, logs and saves."""
     c = model.c
     m = run.m
     n_steps = model.batches.steps

@@ -22,7 +22,7 @@ from sweeps import difference, read_groups, table_head, write_between
 # A column: the dataset of the ablations, what their names begin with, and the column's title.
 COLUMNS = (
     ("prose", "", "prose, 5 epochs"),
-    ("prose", "large_", "prose, 14 epochs"),
+    ("prose", "strong_", "prose, 14 epochs"),
     ("pocket", "", "pocket, 5 epochs"),
 )
 
