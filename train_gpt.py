@@ -971,8 +971,8 @@ def sums_before(groups, *values):
 
 def counts_before(context, ngram, counted, known=False):
     """(for each place, how often its context came before, how many different tokens followed it, how often
-    its own token did; whether that follows for the first time). Only `counted` occurrences count. known: n-grams
-    that training has, which are not new."""
+    its own token did; whether that follows for the first time). Only `counted` occurrences count. known:
+    n-grams that training has, which are not new."""
     occurrences, hits = sums_before(ngram, np.ones(len(ngram)), counted)
     is_new = (occurrences == 0) & np.logical_not(known)
     counts, n_kinds = sums_before(context, counted, is_new)
@@ -1256,8 +1256,9 @@ def train_pass(p, x, y, n_targets, c, m, phase, seed, teacher=None):
     Loader.batch. n_targets: of the whole batch, over which the losses are averaged. teacher: (Config,
     weights). Returns the logged losses.
 
-    A new term of hidden states or weights: append it to `roots` and its gradient to `grads`. Passes and
-    ranks add up: divide a sum over tokens by n_targets; a term of weights takes (y >= 0).sum() / n_targets."""
+    A new term of hidden states or weights: append it to `roots` and its gradient to `grads`. These add up
+    over passes and ranks: divide a sum over tokens by n_targets; a term of weights takes (y >= 0).sum() /
+    n_targets."""
     # Dropout depends only on the seed, the step, the rank and the micro-batch, so a resumed run repeats it.
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     y = to_device(y, m)
@@ -1265,9 +1266,8 @@ def train_pass(p, x, y, n_targets, c, m, phase, seed, teacher=None):
     if teacher and phase.bag_size == 1:  # the teacher predicts single tokens, so it sits out the bags
         c_teacher, p_teacher = teacher
         with torch.no_grad():
-            h = forward(
-                p_teacher, x, c_teacher, m, phase_schedule(1.0, c_teacher), run_block=m.functions.block
-            )
+            final_phase = phase_schedule(1.0, c_teacher)
+            h = forward(p_teacher, x, c_teacher, m, final_phase, run_block=m.functions.block)
         teacher_out = h.flatten(0, 1), padded_head(p_teacher["lm_head"], m.dtype)
     h = forward(p, x, c, m, phase, c.dropout, m.functions.block).flatten(0, 1)
     # The backward pass has two parts: objective() goes back through the loss and the head, whose gradient is
