@@ -1439,8 +1439,8 @@ def add_model(total, nll):
 
 
 def run_nll(folder, inputs, lookup, c, m, show=None):
-    """NLL of every token under the mean probability of a run's models, float64 [n_streams, length]. inputs:
-    from lookup. One model is in memory at a time."""
+    """NLL of every token under the mean probability of a run's models, float64 [n_streams, length], on the
+    first rank. inputs: from lookup. One model is in memory at a time."""
     total = np.inf
     scored = scored_models(c)
     for n, (number, c_model) in enumerate(scored, start=1):
@@ -1451,7 +1451,7 @@ def run_nll(folder, inputs, lookup, c, m, show=None):
             together = f"the members so far together: {mean_nll(total + math.log(n)):.6f} nats per token"
             show(f"member {number + 1} alone: {mean_nll(nll):.6f}; {together}")
     total = total + math.log(len(scored))
-    if c.ngrams:
+    if c.ngrams and m.is_main:
         if show:
             show(f"without n-grams: {mean_nll(total):.6f} nats per token")
         p = NgramModel(lookup.train_tokens, c).probabilities(inputs[..., 0])
