@@ -35,6 +35,7 @@ EVERYTHING = TINY | dict(
     iha=True,
     recall="2,4",
     memory="3",
+    ngrams="1,2,4",
     ema=0.9,
 )
 STEPS = 15  # of each member
