@@ -5,8 +5,10 @@ run's folder. Records leave this file as it is.
 script, below, is train_gpt.py. The harness calls its Config, SMALL, PRESETS and check_recipe; model_configs
 and training_plan; Lookup; train_model, train_pass, train_step, step_weights and MuonAdamW; stream_nll,
 run_nll, scored_models, add_model, mean_nll and sample; functions and try_attention; init_params, param_table,
-param_shapes, n_params and flops_per_token; the schedules. Everywhere, c is the Config, m the Machine, and p
-the weights, a dict of tensors by name.
+param_shapes, n_params and flops_per_token; lr_schedule and phase_schedule. Of an optimizer it uses p, m,
+state, shard_size, items(), shard(), whole() and update(). Of the Config's fields it needs those of the data,
+the batches, the members and the evaluations. Everywhere, c is the Config, m the Machine, and p the weights, a
+dict of tensors by name.
 """
 
 import time
@@ -721,18 +723,24 @@ def load_state(folder, c, m, force):
     return state
 
 
+def own_tensors(optimizer, ema, name):
+    """{kind: tensor} of what this rank keeps of a parameter beside its weights: an entry for each item of its
+    shard, and perhaps some beyond."""
+    kinds = {f"state{i}": items for i, items in enumerate(optimizer.state[name])}
+    return kinds | {"ema": ema[name]} if ema else kinds
+
+
 @torch.no_grad()
 def shard_state(optimizer, ema=None):
-    """{name: {kind: items}} of this rank's shard of the weights, both moments and, if there is one, the
-    weights' average: a copy in the memory of the CPU, which later steps do not change. ema: {name: this
+    """{name: {kind: items}} of this rank's shard of the weights, the optimizer's state and, if there is one,
+    the weights' average: a copy in the memory of the CPU, which later steps do not change. ema: {name: this
     rank's shard}."""
     copies = {}
     for name, w in optimizer.p.items():
-        first, second = optimizer.state[name]
         shard = optimizer.shard(name, w)
-        kinds = {"w": shard, "first": first[: len(shard)], "second": second[: len(shard)]}
-        if ema:
-            kinds["ema"] = ema[name]
+        kinds = {"w": shard}
+        for kind, items in own_tensors(optimizer, ema, name).items():
+            kinds[kind] = items[: len(shard)]
         copies[name] = {kind: items.to("cpu", copy=True) for kind, items in kinds.items()}
     return copies
 
@@ -742,11 +750,9 @@ def restore_state(optimizer, shards, ema=None):
     """Take over what shard_state() returned on the ranks of a run, in their order, however many they were:
     all of the weights, and this rank's shard of the rest."""
     for name, w in optimizer.p.items():
-        first, second = optimizer.state[name]
-        start = optimizer.m.rank * len(first)
-        kinds = {"w": (optimizer.items(name, w), 0), "first": (first, start), "second": (second, start)}
-        if ema:
-            kinds["ema"] = (ema[name], start)
+        kinds = {"w": (optimizer.items(name, w), 0)}
+        for kind, items in own_tensors(optimizer, ema, name).items():
+            kinds[kind] = (items, optimizer.m.rank * optimizer.shard_size[name])
         for kind, (target, begin) in kinds.items():
             at = -begin  # where the next part's items belong in the target
             for part in (shard[name][kind] for shard in shards):
@@ -1097,7 +1103,7 @@ class Monitor:
         self.flops_done += model.step_flops[step]
         seconds = time.monotonic() - self.began
         seconds_per_flop = seconds / self.flops_done
-        lr = script.lr_schedule(model.batches.done(step), c) * c.muon_lr
+        lr = script.lr_schedule(model.batches.done(step), c) * getattr(c, "muon_lr", 1.0)
         speed = (step + 1 - self.first_step) * c.batch_tokens / seconds
         # Of the whole run's training, evaluations and checkpoints, at the speed so far.
         left = seconds_left(run.plan[model.number :], step + 1, seconds_per_flop, run.m)
@@ -1149,7 +1155,7 @@ def finish(run):
     scored = [c_model for _, c_model in script.scored_models(c)]
     score_flops = 0
     for c_model in scored:
-        passes_per_token = c_model.seq_len / (c_model.score_stride or c_model.seq_len)
+        passes_per_token = c_model.seq_len / (getattr(c_model, "score_stride", 0) or c_model.seq_len)
         score_flops += script.flops_per_token(c_model, script.phase_schedule(1.0, c_model)) * passes_per_token
     record = {
         "track": c.track,
@@ -1294,7 +1300,7 @@ def compile_model(model, m):
     optimizer = script.MuonAdamW(p, c, m)
     with torch.no_grad():
         for name, w in p.items():
-            optimizer.update(name, w, torch.zeros_like(optimizer.state[name][0]), 0, 1.0, 1.0, 0.9)
+            optimizer.update(name, w, torch.zeros_like(optimizer.shard(name, w)), 0, 1.0, 1.0, 0.9)
 
 
 def seconds_left(plan, step, seconds_per_flop, m):
@@ -1391,11 +1397,12 @@ def read_rules(track):
 
 def n_kept(c):
     """Numbers that the optimizer keeps beside the weights, and of their average."""
-    copies = {"muon": 1, "adamw": 2}  # moments; a script without --ema has no average
+    # Moments. Scripts may have optimizers of their own, for which two are assumed, and no average.
+    copies = {"muon": 1, "adamw": 2}
     averages = getattr(c, "ema", 0) > 0
     sizes = {name: math.prod(shape) for name, shape in script.param_shapes(c).items()}
     table = script.param_table(c)
-    return sum((copies[table[name].optimizer] + averages) * size for name, size in sizes.items())
+    return sum((copies.get(table[name].optimizer, 2) + averages) * size for name, size in sizes.items())
 
 
 def memory_estimate(model, m):
@@ -1409,7 +1416,8 @@ def memory_estimate(model, m):
     tokens = rows * c.seq_len
     n_layers = max(len(phase.layers) for phase in model.batches.phases)
     # What torch.compile keeps of a layer for its backward pass, in numbers per token.
-    per_layer = (10 + 2 * c.value_proj + c.attn_gate + (c.dropout > 0)) * c.n_embd + 3 * c.mlp_hidden
+    extras = 2 * getattr(c, "value_proj", 0) + getattr(c, "attn_gate", 0) + (getattr(c, "dropout", 0) > 0)
+    per_layer = (10 + extras) * c.n_embd + 3 * getattr(c, "mlp_hidden", 4 * c.n_embd)
     # The head's copy in low precision, a teacher's, and the gradient of the micro-batch at hand.
     heads = (low * (2 if model.teachers else 1) + 4) * c.vocab_size * c.n_embd
     # Buffers that a compiled chunk_grad() holds: so many in low precision, and so many in float32.
@@ -1591,7 +1599,7 @@ def load_run(folder, given, args):
     c = in_place(c, given)
     m = setup_machine(c, args)
     train_tokens = None
-    if c.memory or c.ngrams:
+    if any(getattr(c, name, "") for name in ("memory", "ngrams")):
         path = find_data(c, m) / "train.bin"
         train_tokens = read_shard(path, c.vocab_size, meta["sha256"]["train.bin"])[: c.train_tokens]
     return c, m, meta, script.Lookup(train_tokens, c)
@@ -1879,6 +1887,8 @@ def parse_args(argv):
         text = f"{comments.get(field.name, '')} [{script.SMALL.get(field.name, field.default)}]".replace(
             "%", "%%"
         )
+        taken = f"{SCRIPT}: Config has a field {field.name}, an option of the harness; name it otherwise"
+        require(f"--{field.name}" not in parser.format_usage().replace("[", " ").split(), taken)
         option = group.add_argument(f"--{field.name}", type=parse, default=argparse.SUPPRESS, help=text)
         option.metavar = metavars[field.type]
     for before, word in itertools.pairwise(["", *argv]):

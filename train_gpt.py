@@ -715,27 +715,26 @@ class MuonAdamW:
         self.c = c
         self.m = m
         self.table = param_table(c)
-        self.state = {}  # name -> (momentum, second moment) of this rank's shard
+        self.shard_size = {}  # name -> number of a rank's items, the last rank's padding included
+        self.state = {}  # name -> (momentum, second moment): tensors with an entry for each of them
         for name, w in p.items():
             items = self.items(name, w)
             shard_shape = (-(-len(items) // m.world_size), *items.shape[1:])
             per_neuron = (*shard_shape[:2], 1) if self.table[name].optimizer == "muon" else shard_shape
-            self.state[name] = (
-                torch.zeros(shard_shape, device=w.device),
-                torch.zeros(per_neuron, device=w.device),
-            )
+            self.shard_size[name] = shard_shape[0]
+            self.state[name] = [torch.zeros(s, device=w.device) for s in (shard_shape, per_neuron)]
 
     def items(self, name, w):
         return w.view(-1, *w.shape[-2:]) if self.table[name].optimizer == "muon" else w.view(-1)
 
     def shard(self, name, w):
         """This rank's items of a parameter, or of a tensor of its shape."""
-        size = len(self.state[name][0])
+        size = self.shard_size[name]
         return self.items(name, w)[self.m.rank * size :][:size]
 
     def gather(self, name, shard):
         """(all items of a parameter, of which each rank has its shard; pending communication)."""
-        size = len(self.state[name][0])
+        size = self.shard_size[name]
         padded = shard.new_empty(size * self.m.world_size, *shard.shape[1:])
         pending = dist.all_gather_single(padded, pad_items(shard, size), async_op=True)
         return padded[: len(self.items(name, self.p[name]))], pending
@@ -762,7 +761,7 @@ class MuonAdamW:
             w.grad = None
             pending = None
             if self.m.world_size > 1:
-                shard_size = len(self.state[name][0])
+                shard_size = self.shard_size[name]
                 whole = pad_items(grad, shard_size * self.m.world_size)
                 grad = whole.new_empty(shard_size, *whole.shape[1:])
                 pending = dist.reduce_scatter_single(grad, whole, async_op=True)

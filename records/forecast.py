@@ -73,11 +73,10 @@ NEEDED = (
     "n_embd",
     "n_layer",
     "batch_tokens",
-    "muon_lr",
-    "weight_decay",
-    "dropout",
-    "warmdown",
 )
+
+# Others, and what a script that lacks one is taken to have.
+SUPPOSED = dict(muon_lr=0.02, weight_decay=0.1, dropout=0.0, warmdown=0.6)
 
 # Options that do not tell one recipe from another.
 NOT_OF_RECIPE = ("seed", "track", "members", "probes", "evals", "save_every")
@@ -105,7 +104,7 @@ def read_curves(path):
         log = read_log(path)
     except (OSError, ValueError) as e:
         raise Refused(f"{path}: not the log of a run ({type(e).__name__}: {e})")
-    config = log.config
+    config = SUPPOSED | log.config
     for name in NEEDED:
         if name not in config:
             raise Refused(f"{path}: its script has no option {name}, by which runs are told apart")

@@ -2,6 +2,7 @@
 Does a record's script leak? leaderboard.py verify --smoke trains it at toy size, and audits that.
 """
 
+import math
 import os
 import sys
 import tempfile
@@ -19,8 +20,6 @@ DECOY = 20_000
 # older names). A vocab_size and a bos_id of 0 are taken from the data. For so small a model a second thread
 # gains nothing, and beside another process it costs much.
 TOY = dict(
-    n_embd=32,
-    n_head=2,
     mlp_hidden=64,
     train_tokens=100_000,
     epochs=1,
@@ -48,6 +47,10 @@ def toy_options(config, data):
             small[name] = data
         else:
             small[name] = TOY.get(name, value)
+    # A width that the recipe's heads divide, for some scripts have other options that depend on their number.
+    step = 4 * config.get("n_head", 2)
+    if "n_embd" in config:
+        small["n_embd"] = step * math.ceil(32 / step)
     # Few tokens for a step, so that there are enough steps, and many for a pass when it is scored.
     for name, rows in (("batch_tokens", 4), ("device_tokens", 32)):
         if name in config:
@@ -62,7 +65,17 @@ def toy_options(config, data):
             small[name] = config[name] * small["n_layer"] // config["n_layer"]
     # The student is as small as the others.
     if config.get("student"):
-        made_small = {*TOY, *TOY_LIMITS, "data", "batch_tokens", "device_tokens", "loop_first", "loop_last"}
+        made_small = {
+            *TOY,
+            *TOY_LIMITS,
+            "data",
+            "n_embd",
+            "n_head",
+            "batch_tokens",
+            "device_tokens",
+            "loop_first",
+            "loop_last",
+        }
         changes = config["student"].split(",")
         kept = [change for change in changes if change.partition("=")[0] not in made_small]
         small["student"] = ",".join(kept)

@@ -43,7 +43,7 @@ RANKS_OF_A_NODE = 8
 SKIPPED = 3
 
 # Without a GPU: a recipe that takes seconds, whose loop is a layer that it has.
-TOY = SIZES | dict(loop_first=1, loop_last=1)
+TOY = SIZES | dict(n_head=2, loop_first=1, loop_last=1)
 OF_THE_TRACK = ("train_tokens", "epochs", "evals", "eval_windows", "save_every")
 TOY = {name: value for name, value in TOY.items() if name not in OF_THE_TRACK}
 TOY_COMMAND = ["--device", "cpu", "--compile", "off"]

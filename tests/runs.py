@@ -33,7 +33,6 @@ HEADER_BYTES = 1024  # of a shard: 256 int32
 SIZES = dict(
     n_layer=3,
     n_embd=32,
-    n_head=2,
     mlp_hidden=48,
     seq_len=64,
     window_short=24,

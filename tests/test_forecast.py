@@ -138,15 +138,18 @@ def test_the_loss_of_bags_is_not_read_as_that_of_a_token(tmp_path):
 
 
 def test_a_log_of_another_kind_spoils_nothing(root):
-    """A script that has dropped an option and a cut log are left out. Such a run is not forecast."""
+    """A script without a size that tells runs apart and a cut log are left out. Such a run is not forecast.
+    One without a rate or a schedule of these names is."""
     before = len(fc.library("pocket", root))
     path = root / "records" / "pocket" / "other" / "log.txt"
     write_log(path, np.random.default_rng(3))
     assert len(fc.library("pocket", root)) == before + 1
-    path.write_text(path.read_text().replace('"muon_lr"', '"rate"'))
+    path.write_text(path.read_text().replace('"muon_lr"', '"rate"').replace('"warmdown"', '"cosine"'))
+    assert len(fc.library("pocket", root)) == before + 1
+    path.write_text(path.read_text().replace('"n_embd"', '"width"'))
     (root / "records" / "ablations" / "pocket" / "cut.log").write_text("==== source x")
     assert len(fc.library("pocket", root)) == before
-    with pytest.raises(Refused, match="muon_lr"):
+    with pytest.raises(Refused, match="n_embd"):
         fc.forecast(path.parent, root)
 
 

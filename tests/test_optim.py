@@ -208,7 +208,7 @@ def test_state_goes_from_any_number_of_ranks_to_any_other():
         for name, kinds in expected.items():
             for kind, items in kinds.items():
                 assert torch.equal(torch.cat([shard[name][kind] for shard in shards]), items)
-            for i, kind in enumerate(("first", "second")):
+            for i, kind in enumerate(("state0", "state1")):
                 together = torch.cat([optimizer.state[name][i] for optimizer, _ in ranks])
                 assert len(together) < len(kinds[kind]) + world_size
             assert torch.equal(torch.cat([ema[name] for _, ema in ranks]), kinds["ema"])

@@ -497,7 +497,7 @@ class Encoding:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_gpu_track_without_a_gpu(tiny_data, tmp_path):
     run = tmp_path / "run"
-    recipe = options(**TINY | dict(track="mini"), data=tiny_data)
+    recipe = options(**TINY | dict(track="mini", n_head=2), data=tiny_data)
     assert_refused(run_main(*recipe, "--run_dir", run, "--steps", 1), "--device cpu", run)
     assert run_main(*recipe, "--run_dir", run, "--steps", 1, *PLAIN)[0] == 0
 
