@@ -17,7 +17,7 @@ import harness
 import memory
 import train_gpt as t
 from reference import config, environment, make_machine, run_main, trainable
-from runs import ROOT, TINY, options
+from runs import PLAIN, ROOT, TINY, options, run_script
 
 pytestmark = pytest.mark.reference
 
@@ -257,6 +257,38 @@ def test_a_new_option_needs_no_other_line(tmp_path):
     argv = [sys.executable, script, "--n_shared", "few", "--dry_run"]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120, env=environment())
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--n_shared" in done.stderr
+
+
+# Other names for an optimizer and its rate, and options that a script may do without.
+OTHER_NAMES = {
+    '"muon", "muon_lr"': '"lion", "matrix_lr"',
+    '== "muon"': '== "lion"',
+    "muon_lr": "matrix_lr",
+    "c.attn_gate": "True",
+    "    attn_gate: bool": "    # attn_gate: bool",
+    "c.dropout": "0.0",
+    "    dropout: float": "    # dropout: float",
+    ", dropout=0.1": "",
+}
+
+
+def test_a_script_with_other_names(tiny_data, tmp_path):
+    """The harness knows the names of this script's optimizers and techniques only where it estimates, and does
+    without them there."""
+    source = (ROOT / "train_gpt.py").read_text()
+    for old, new in OTHER_NAMES.items():
+        assert old in source
+        source = source.replace(old, new)
+    script = tmp_path / "train_gpt.py"
+    script.write_text(source)
+    shutil.copy(ROOT / "harness.py", tmp_path)
+    recipe = options(**TINY | dict(matrix_lr=0.02), data=tiny_data)
+    gone = ("--muon_lr", "--attn_gate", "--dropout")
+    words = [word for pair in zip(recipe[::2], recipe[1::2]) if pair[0] not in gone for word in pair]
+    run = tmp_path / "run"
+    assert run_script([*words, "--run_dir", run, "--steps", 7, *PLAIN], script) == 0
+    assert run_script(["--dry_run"], script) == 0
+    assert "\nstep 7/7 " in (run / "log.txt").read_text() and (run / "record.json").exists()
 
 
 # ---- FLOPs and bytes, as layers, width, sequence, members and ranks grow
