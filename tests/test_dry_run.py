@@ -273,7 +273,7 @@ OTHER_NAMES = {
 
 
 def test_a_script_with_other_names(tiny_data, tmp_path):
-    """The harness knows the names of this script's optimizers and techniques only where it estimates, and does
+    """The harness knows names of this script's optimizers and techniques only where it estimates, and does
     without them there."""
     source = (ROOT / "train_gpt.py").read_text()
     for old, new in OTHER_NAMES.items():
