@@ -903,7 +903,7 @@ class Lookup:
         streams = Streams(train_tokens[None], c.bos_id)
         for n in lengths(c.memory):
             # Nothing follows the last token. N-grams across a document's boundary are indexed, too, but hold
-            # a BOS past their first token, which no query does.
+            # a BOS past their first token; inputs() drops such queries by their offset.
             ngram = streams.ngrams(n)[:-1]
             order = np.argsort(ngram, kind="stable")
             ngram = ngram[order]
@@ -931,7 +931,7 @@ class Lookup:
             found = (ngram[here] == ngram[before]) & (streams.offset[before] >= n - 1)
             column[here[found]] = streams.tokens[before[found] + 1]
         memory = zip(columns[1 + len(recall) :], lengths(c.memory), self.index, strict=True)
-        for column, n, (order, known, document, run_start) in memory:
+        for column, n, (places, known, document, run_start) in memory:
             ngram = streams.ngrams(n)
             by_value = np.argsort(ngram)  # sorted queries are several times as fast
             match = np.empty(ids.size, np.int64)
@@ -942,7 +942,7 @@ class Lookup:
                 own = document[match] == streams.document
                 match = np.where(own, run_start[match] - 1, match)
             found = (match >= 0) & (known[match] == ngram) & (streams.offset >= n - 1)
-            column[found] = self.train_tokens[order[match[found]] + 1]
+            column[found] = self.train_tokens[places[match[found]] + 1]
             if c.grow_memory and not in_training:
                 last = streams.earlier_documents(n)
                 grown = (last >= 0) & ~found
@@ -957,7 +957,7 @@ def sums_before(groups, *values):
     """For each place, the sums of these values at earlier places of its group."""
     order = np.argsort(groups, kind="stable")
     groups = groups[order]
-    begins = run_starts(groups, groups)
+    begins = run_starts(groups, groups)  # no documents here: the group alone
     all_sums = []
     for value in values:
         value = value[order].astype(np.int64)
@@ -1012,8 +1012,8 @@ class NgramModel:
         for n in reversed(self.lengths):
             places, context, ngram = streams.contexts(n)
             # A token counts in its context's document, so a BOS is the last token of the one that it ends.
-            document = streams.document[places - 1] * GROUP_CODE
-            *counts, is_new = counts_before(context + document, ngram + document, in_document[places])
+            code = streams.document[places - 1] * GROUP_CODE
+            *counts, is_new = counts_before(context + code, ngram + code, in_document[places])
             levels.append((places, *counts))
             in_document = np.ones(ids.size, bool)
             in_document[places] = is_new
@@ -1021,9 +1021,9 @@ class NgramModel:
             contexts, train_counts, train_kinds, ngrams, train_hits = self.index[n]
             at, known_context = find(contexts, context)
             at_ngram, known_ngram = find(ngrams, ngram)
-            stream = streams.stream[places] * GROUP_CODE
+            code = streams.stream[places] * GROUP_CODE
             counts, n_kinds, hits, is_new = counts_before(
-                context + stream, ngram + stream, in_stream[places], known_ngram
+                context + code, ngram + code, in_stream[places], known_ngram
             )
             counts = counts + known_context * train_counts[at]
             n_kinds = n_kinds + known_context * train_kinds[at]
