@@ -251,8 +251,10 @@ def set_compiled(m, wanted, train_flops=math.inf, failure=None):
     if wanted == "auto" and not pays:
         reason = f"training is short, {train_flops:.3g} FLOPs; --compile on compiles anyway"
     m.reasons["compiled"] = f"{'yes' if m.compiled else 'no'} ({reason})"
-    # Windows, phases and last micro-batches each bring new shapes.
-    torch._dynamo.config.recompile_limit = 64
+    if m.compiled:
+        # Windows, phases and last micro-batches each bring new shapes. Not without need: the first use of
+        # torch._dynamo imports it, which takes seconds.
+        torch._dynamo.config.recompile_limit = 64
     m.functions = script.functions(m)
 
 
