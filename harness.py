@@ -5,10 +5,10 @@ run's folder. Records leave this file as it is.
 script, below, is train_gpt.py. The harness calls its Config, SMALL, PRESETS and check_recipe; model_configs
 and training_plan; Lookup; train_model, train_pass, train_step, step_weights and MuonAdamW; stream_nll,
 run_nll, scored_models, add_model, mean_nll and sample; functions and try_attention; init_params, param_table,
-param_shapes, n_params and flops_per_token; lr_schedule and phase_schedule. Of an optimizer it uses p, m,
-state, shard_size, items(), shard(), whole() and update(). Of the Config's fields it needs those of the data,
-the batches, the members and the evaluations. Everywhere, c is the Config, m the Machine, and p the weights, a
-dict of tensors by name.
+param_shapes, n_params, n_inputs and flops_per_token; lr_schedule and phase_schedule. Of an optimizer it uses
+p, m, state, shard_size, items(), shard(), whole() and update(). Of the Config's fields it needs those of the
+data, the batches, the members and the evaluations. Everywhere, c is the Config, m the Machine, and p the
+weights, a dict of tensors by name.
 """
 
 import time
@@ -924,7 +924,7 @@ class Run:
     trial: bool  # cut short by --steps or resumed with another script: never a record
     plan: list
     lookup: object  # the script's Lookup
-    val_inputs: np.ndarray  # of the whole validation stream, [1, length, 1 + n_lookups(c)]
+    val_inputs: np.ndarray  # of the whole validation stream, [1, length, n_inputs(c)]
     eval_inputs: np.ndarray  # of the windows that are evaluated during training
     log: Log
     metrics: Metrics
@@ -1124,9 +1124,9 @@ class Monitor:
 
 
 def evaluation_inputs(inputs, c):
-    """c.eval_windows windows of seq_len tokens, spread evenly over a stream's inputs [length, 1 +
-    n_lookups(c)]: [n, seq_len + 1, ...]. Scored as streams of their own, they get what consecutive windows of
-    the whole stream get."""
+    """c.eval_windows windows of seq_len tokens, spread evenly over a stream's inputs [length, n_inputs(c)]:
+    [n, seq_len + 1, ...]. Scored as streams of their own, they get what consecutive windows of the whole
+    stream get."""
     T = min(c.seq_len, len(inputs) - 1)
     starts = np.arange(0, len(inputs) - T, T)
     chosen = np.linspace(0, len(starts) - 1, min(c.eval_windows, len(starts))).round().astype(int)
@@ -1149,7 +1149,7 @@ def finish(run):
     m = run.m
     log = run.log
     progress = run.progress
-    nll = script.run_nll(run.folder, run.val_inputs, run.lookup, c, m, log)
+    nll = script.run_nll(run.folder, run.val_inputs, c, m, log)
     if not m.is_main:
         return
     # Sums over blocks of 1,000 tokens, which leaderboard.py compares between runs.
@@ -1274,7 +1274,7 @@ def compile_failure(e):
 def plan_without_data(c, m, steps=None):
     """The training plan for one made-up document as long as the budget, which takes no memory."""
     return script.training_plan(
-        c, np.broadcast_to(np.uint16(0), (c.train_tokens, 1 + script.n_lookups(c))), m, steps
+        c, np.broadcast_to(np.uint16(0), (c.train_tokens, script.n_inputs(c))), m, steps
     )
 
 
@@ -1295,7 +1295,7 @@ def compile_model(model, m):
     rows = torch.arange(len(model.batches.plain.shard)).split(c.device_tokens // c.seq_len)
     for phase in sorted(set(model.batches.phases)):
         for n_rows in {len(part) for part in rows}:
-            x = torch.zeros(n_rows, c.seq_len * phase.bag_size, 1 + script.n_lookups(c), dtype=torch.long)
+            x = torch.zeros(n_rows, c.seq_len * phase.bag_size, script.n_inputs(c), dtype=torch.long)
             y = x[..., 0].contiguous().unflatten(1, (-1, phase.bag_size))
             with script.step_weights(p, c, m) as weights:
                 script.train_pass(weights, x, y, 1, c, m, phase, (0,), teacher)
@@ -1632,7 +1632,7 @@ def score_command(given, args):
         streams = read_shard(args.tokens, c.vocab_size)[None]
     else:
         streams = read_streams(args.tokens, c.vocab_size)
-    nll = script.run_nll(args.score, lookup.inputs(streams), lookup, c, m).astype(np.float32)
+    nll = script.run_nll(args.score, lookup.inputs(streams), c, m).astype(np.float32)
     if m.is_main:
         write_npy(args.nll, nll[0] if is_shard else nll)
         print(f"{args.nll}: {nll[:, 1:].size:,} tokens scored, {script.mean_nll(nll):.6f} nats per token")
@@ -1789,7 +1789,7 @@ RANGES = (
     ("vocab_size bos_id", 0, 2**16 - 1),
     ("muon_lr embed_lr head_lr scalar_lr weight_decay mtp_weight", 0, 1e6),
     ("warmup warmdown momentum_start momentum_warmup muon_momentum muon_beta2 distill_alpha", 0, 1),
-    ("dropout loop_from bag_until ema adam_beta1 adam_beta2 ngram_weight", 0, BELOW_1),
+    ("dropout loop_from bag_until ema adam_beta1 adam_beta2", 0, BELOW_1),
     ("softcap epochs distill_temp", 1e-6, 1e6),
 )
 

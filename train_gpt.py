@@ -21,6 +21,7 @@ Machine, run its Run (folder, log, progress), and p the weights, a dict of tenso
 
 import harness  # isort: skip  # first, because it starts the track's clock and sets up OpenMP for torch
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -79,6 +80,7 @@ class Config:
     recall: str = ""  # lengths to look up in the token's own document, such as 4,8,16
     memory: str = ""  # lengths to look up in the other training documents
     grow_memory: bool = False  # in scoring, n-grams that training lacks are looked up earlier in the text
+    ngrams: str = ""  # context lengths of an n-gram count model whose log-probabilities join the logits
     loop_first: int = 0  # looped layers: the first of a range that runs several times in a row
     loop_last: int = 0  # the last of that range, included
     loop_times: int = 0  # how many times more it runs
@@ -115,8 +117,6 @@ class Config:
     warmup: float = 0.01  # fraction of training over which the learning rates rise
     warmdown: float = 0.6  # last fraction of training, over which they fall to zero
     # scoring, evaluation, housekeeping
-    ngrams: str = ""  # context lengths of an n-gram count model that is averaged in when scoring
-    ngram_weight: float = 0.25  # its share in the mean probability
     score_stride: int = 0  # tokens between the starts of scoring windows, which may overlap; 0: seq_len
     evals: int = 8  # evaluations per model, the final score included
     eval_windows: int = 40  # windows of seq_len tokens in an evaluation, spread over the validation stream
@@ -162,7 +162,7 @@ DEEP = (
 PRESETS = {
     "pocket": POCKET
     | dict(epochs=6.9, evals=4, grow_memory=True)
-    | dict(ngrams="1,2,3,4,5,6,8,11,15,20,28,40", ngram_weight=0.2),
+    | dict(ngrams="1,2,3,4,5,6,8,11,15,20,28,40"),
     "pocket_unlimited": POCKET | dict(epochs=6.0, members=3, distill_alpha=0.4),
     "prose": PROSE,
     "prose_unlimited": PROSE | dict(ngrams="", members=2, distill_alpha=0.4),
@@ -187,7 +187,9 @@ def model_configs(c):
     members = [dataclasses.replace(c, seed=c.seed + 1000 * k, student="") for k in range(c.members)]
     if not c.student:
         return members
-    of_the_run = "track data train_tokens vocab_size bos_id seed members chains student recall memory softcap"
+    of_the_run = (
+        "track data train_tokens vocab_size bos_id seed members chains student recall memory ngrams softcap"
+    )
     names = Config.__dataclass_fields__.keys() - of_the_run.split()
     # A student begins where its teachers ended: past the bags, with its loops on from the first step.
     changes = {"bag_until": 0.0, "loop_from": 0.0} | harness.parse_changes("student", c.student, names)
@@ -205,6 +207,12 @@ def lengths(text):
 def n_lookups(c):
     """How many looked-up tokens go with each input token."""
     return len(lengths(c.recall)) + len(lengths(c.memory))
+
+
+def n_inputs(c):
+    """How many numbers are each token's input: itself, its look-ups, and with c.ngrams a column for every
+    token that may come next (NgramModel)."""
+    return 1 + n_lookups(c) + (c.vocab_size if c.ngrams else 0)
 
 
 def check_recipe(c):
@@ -231,6 +239,8 @@ def check_recipe(c):
         require(well_formed, f"{given(name)}: write up to 100 lengths with commas between, such as 4,8,16")
     fit = max([0, *lengths(c.ngrams)]) < c.train_tokens
     require(fit, f"{given('ngrams', 'train_tokens')}: choose lengths below the number of tokens")
+    small = not c.ngrams or c.vocab_size <= 1024
+    require(small, f"{given('ngrams')}: for bytes; {c.vocab_size:,} numbers with each token are too many")
     fractions = [fraction for fraction, _ in parse_wd_points(c)] if well_formed_points else []
     rising = well_formed_points and fractions == sorted(fractions)
     require(rising, f"{given('wd_points')}: write rising fraction:multiple pairs, such as 0:1,0.5:0.1,1:1.5")
@@ -355,6 +365,8 @@ def param_table(c):
         # a table for each look-up; its last row stands for NO_TOKEN
         "lookup":  Param((n_lookup, V + 1, D),  constant(0.0),            *EMBED,  0, False, has_lookups),
         "iha":     Param((3, H, H),             constant(torch.eye(H)),   *SCALAR, L, False, c.iha),
+        # how much of the n-gram model's log-probabilities is added to the logits
+        "ngram_gate": Param((1, D),             constant(0.0),            *HEAD,   0, True,  bool(c.ngrams)),
         # not multiplied in scoring: PlannedModel.phase_flops counts it for training
         "mtp":     Param((1, D, D),             uniform(bound),           *MATRIX, 0, False, has_mtp),
     }
@@ -526,13 +538,13 @@ def layer_window(c, i):
 
 
 def document_starts(inputs, c, bag_size):
-    """Whether a document begins in each position, a token or a bag: [B, T] of inputs [B, T * bag_size, 1 +
-    n_lookups(c)]."""
+    """Whether a document begins in each position, a token or a bag: [B, T] of inputs [B, T * bag_size,
+    n_inputs(c)]."""
     return (inputs[..., 0] == c.bos_id).unflatten(1, (-1, bag_size)).any(2)
 
 
 def embed(p, inputs, c, bag_size):
-    """Vectors [B, T, D] of inputs [B, T * bag_size, 1 + n_lookups(c)]."""
+    """Vectors [B, T, D] of inputs [B, T * bag_size, n_inputs(c)]."""
     x = F.embedding(inputs[..., 0], p["wte"])
     for k in range(n_lookups(c)):
         table = p["lookup"][k]  # NO_TOKEN, far beyond its end, becomes its last row
@@ -546,8 +558,8 @@ def embed(p, inputs, c, bag_size):
 
 
 def forward(p, inputs, c, m, phase, dropout=0.0, run_block=block):
-    """Hidden states [B, T, D], normalized, ready for the head, of inputs [B, T * phase.bag_size, 1 +
-    n_lookups(c)] (see Lookup) on the CPU. run_block: block() or its compiled form; scoring comes in many
+    """Hidden states [B, T, D], normalized, ready for the head, of inputs [B, T * phase.bag_size,
+    n_inputs(c)] (see Lookup) on the CPU. run_block: block() or its compiled form; scoring comes in many
     shapes, not worth compiling."""
     x = embed(p, to_device(inputs, m), c, phase.bag_size)
     T = x.size(1)
@@ -600,6 +612,42 @@ def head_logits(h, head, c):
     return c.softcap * torch.tanh(logits / c.softcap)
 
 
+class Output(NamedTuple):
+    """What the logits of N tokens are made from, or their gradients."""
+
+    h: torch.Tensor  # [N, D]
+    head: torch.Tensor  # a padded_head()
+    # With c.ngrams:
+    gate: torch.Tensor | None = None  # [N, 1] float32, how much the n-gram model counts
+    columns: torch.Tensor | None = None  # [N, V], see NgramModel.columns
+
+    def chunk(self, part):
+        gate, columns = (None if x is None else x[part] for x in (self.gate, self.columns))
+        return Output(self.h[part], self.head, gate, columns)
+
+    def detach(self):
+        return Output(*(None if x is None else x.detach() for x in self))
+
+
+def make_output(p, h, inputs, c, m, bag_size=1):
+    """The Output of hidden states h [N, D], and of the inputs [B, T * bag_size, n_inputs(c)] behind them."""
+    head = padded_head(p["lm_head"], h.dtype)
+    if not c.ngrams:
+        return Output(h, head)
+    gate = 0.25 + F.linear(h, p["ngram_gate"].to(h.dtype)).float()
+    of_last = inputs[:, bag_size - 1 :: bag_size, -c.vocab_size :]  # of each bag's last token
+    return Output(h, head, gate, to_device(of_last, m).flatten(0, 1))
+
+
+def output_logits(output, c):
+    """Float32 logits [N, V]: the network's, plus the gate times the log-probabilities of the n-gram model (as
+    in 2210.14431)."""
+    logits = head_logits(output.h, output.head, c)
+    if output.columns is None:
+        return logits
+    return logits - output.gate * (output.columns.float() / NGRAM_UNIT)
+
+
 def loss_function(logits, targets, c, teacher_logits=None):
     """(the loss to minimize, what to log of it by name), sums over a chunk of n tokens, in nats. Plain
     PyTorch: a new term is a line here, and every entry of the dict is logged at every step; "loss" stays the
@@ -622,35 +670,36 @@ def loss_function(logits, targets, c, teacher_logits=None):
     return (1 - alpha) * ce + alpha * temp**2 * kl, {"loss": ce, "kl": kl}
 
 
-def chunk_grad(h, head, targets, scale, c, teacher_h=None, teacher_head=None):
-    """((gradient of h, gradient of head), logged sums) of scale * loss_function for a chunk of hidden
-    states h [n, D] under a padded_head()."""
+def chunk_grad(output, targets, scale, c, teacher_output=None):
+    """((gradients of h, head and gate), logged sums) of scale * loss_function for a chunk of an Output."""
 
-    def scaled_loss(h, head):
-        teacher_logits = None
-        if teacher_h is not None:
-            teacher_logits = head_logits(teacher_h, teacher_head, c)
-        loss, logged = loss_function(head_logits(h, head, c), targets, c, teacher_logits)
+    def scaled_loss(h, head, gate):
+        teacher_logits = output_logits(teacher_output, c) if teacher_output else None
+        logits = output_logits(Output(h, head, gate, output.columns), c)
+        loss, logged = loss_function(logits, targets, c, teacher_logits)
         return scale * loss, logged
 
-    return torch.func.grad(scaled_loss, argnums=(0, 1), has_aux=True)(h, head)
+    argnums = (0, 1) if output.gate is None else (0, 1, 2)
+    return torch.func.grad(scaled_loss, argnums, has_aux=True)(output.h, output.head, output.gate)
 
 
-def objective(h, head, targets, scale, c, m, teacher_out=None):
-    """(gradient of h, float32 gradient of head, logged sums) of scale * loss, chunk by chunk: never all
-    logits at once. h [N, D] from forward(); head from padded_head(); targets [N, K]; scale: a tensor,
-    for torch.compile would recompile for every new number; teacher_out: a teacher's (h, head)."""
-    grad_h = torch.empty_like(h)
-    grad_head = torch.zeros_like(head, dtype=torch.float32)
+def objective(output, targets, scale, c, m, teacher_output=None):
+    """(the gradient of an Output, its head's in float32; logged sums) of scale * loss, chunk by chunk: never
+    all logits at once. targets [N, K]; scale: a tensor, for torch.compile would recompile for every new
+    number; teacher_output: the Output of the model to learn from."""
+    grad_h = torch.empty_like(output.h)
+    grad_head = torch.zeros_like(output.head, dtype=torch.float32)
+    grad_gates = []
     logged = {}
-    for i in range(0, len(h), c.loss_chunk):
-        chunk = slice(i, i + c.loss_chunk)
-        teacher_chunk = (teacher_out[0][chunk], teacher_out[1]) if teacher_out else ()
-        grads, sums = m.functions.chunk_grad(h[chunk], head, targets[chunk], scale, c, *teacher_chunk)
-        grad_h[chunk] = grads[0]
+    for i in range(0, len(targets), c.loss_chunk):
+        part = slice(i, i + c.loss_chunk)
+        teacher_chunk = teacher_output.chunk(part) if teacher_output else None
+        grads, sums = m.functions.chunk_grad(output.chunk(part), targets[part], scale, c, teacher_chunk)
+        grad_h[part] = grads[0]
         grad_head += grads[1]
+        grad_gates += grads[2:]
         logged = {name: logged.get(name, 0.0) + value for name, value in sums.items()}
-    return grad_h, grad_head, logged
+    return Output(grad_h, grad_head, torch.cat(grad_gates) if grad_gates else None), logged
 
 
 # ---- optimizer ---------------------------------------------------------------------------------------------
@@ -853,12 +902,13 @@ class Streams:
         before[n:] = self.running_sum[:-n]
         return (self.running_sum - before) * self.power
 
-    def contexts(self, n):
-        """(the places of all tokens that have n tokens before them in their stream, a hash of these n, a hash
-        of these n and the token)."""
+    def contexts(self, n, group):
+        """(the places of all tokens that have n tokens before them in their stream; for each, a number of 48
+        bits for these n; the same, but different in each group of places: group has its number)."""
         place = np.arange(len(self.tokens))
         places = place[place % self.length >= n]
-        return places, self.ngrams(n)[places - 1], self.ngrams(n + 1)[places]
+        contexts = self.ngrams(n)[places - 1]
+        return places, contexts >> 16, (contexts + group[places] * GROUP_CODE) >> 16
 
     def earlier_documents(self, n):
         """For each token, the place of the last occurrence, in an earlier document of its stream, of the
@@ -898,6 +948,8 @@ class Lookup:
         self.train_tokens = train_tokens
         self.c = c
         self.index = []  # for each length of c.memory: (places, n-grams, documents, run starts), by n-gram
+        if c.ngrams:
+            self.ngram_model = NgramModel(train_tokens, c)
         if not c.memory:
             return
         streams = Streams(train_tokens[None], c.bos_id)
@@ -911,11 +963,25 @@ class Lookup:
             self.index.append((order, ngram, document, run_starts(ngram, document)))
 
     def training_inputs(self):
-        """Inputs for the training tokens, as one stream: uint16 [n, 1 + n_lookups(c)]."""
-        return self.inputs(self.train_tokens[None], in_training=True)[0]
+        """Inputs for the training tokens, as one stream: uint16 [n, n_inputs(c)]."""
+        inputs = self.looked_up(self.train_tokens[None], in_training=True)[0]
+        if not self.c.ngrams:
+            return inputs
+        return np.append(inputs, training_columns(self.train_tokens, self.c), axis=1)
 
-    def inputs(self, ids, in_training=False):
-        """Inputs for streams of ids [n_streams, length]: uint16 [n_streams, length, 1 + n_lookups(c)]."""
+    def inputs(self, ids, hide_own=False):
+        """Inputs for streams of ids [n_streams, length]: uint16 [n_streams, length, n_inputs(c)]. hide_own:
+        as if no n-gram of a stream occurred in it before."""
+        c = self.c
+        inputs = self.looked_up(ids)
+        if hide_own:
+            inputs[..., 1 : 1 + len(lengths(c.recall))] = NO_TOKEN
+        if not c.ngrams:
+            return inputs
+        return np.append(inputs, self.ngram_model.columns(ids, hide_own), axis=2)
+
+    def looked_up(self, ids, in_training=False):
+        """Each token and its look-ups: uint16 [n_streams, length, 1 + n_lookups(c)]."""
         c = self.c
         if n_lookups(c) == 0:
             return ids[..., None]
@@ -951,6 +1017,8 @@ class Lookup:
 
 
 DISCOUNT = 0.8  # taken off each count and given to the next shorter context; tuned on prose and pocket
+NGRAM_UNIT = 4096  # n-gram columns hold -log p in units of 1 / 4096 nats
+FOLDS = 10  # for each tenth of the training documents, n-grams are counted in the others
 
 
 def sums_before(groups, *values):
@@ -968,80 +1036,166 @@ def sums_before(groups, *values):
     return all_sums
 
 
-def counts_before(context, ngram, counted, known=False):
-    """(for each place, how often its context came before, how many different tokens followed it, how often
-    its own token did; whether that follows for the first time). Only `counted` occurrences count. known:
-    n-grams that training has, which are not new."""
-    occurrences, hits = sums_before(ngram, np.ones(len(ngram)), counted)
-    is_new = (occurrences == 0) & np.logical_not(known)
-    counts, n_kinds = sums_before(context, counted, is_new)
-    return counts, n_kinds, hits, is_new
-
-
-class NgramModel:
-    """Counts of what followed a context, as a model of their own: Kneser and Ney's (1995) with one discount,
-    interpolated from the shortest length of c.ngrams to the longest. Each length comes twice: with the counts
-    of the training tokens and the stream so far, and with those of the token's document alone. Counting goes
-    from the longest to the shortest: below the longest, a context counts a token only where the next longer
-    one meets it for the first time."""
-
-    def __init__(self, train_tokens, c):
-        self.c = c
-        self.lengths = sorted(lengths(c.ngrams))
-        streams = Streams(train_tokens[None], c.bos_id)
-        counted = np.ones(len(train_tokens), bool)
-        self.index = {}  # length -> contexts and n-grams, each in sorted order with sums
-        for n in reversed(self.lengths):
-            places, context, ngram = streams.contexts(n)
-            is_new = sums_before(ngram, np.ones(len(places)))[0] == 0
-            contexts, of_context = np.unique(context, return_inverse=True)
-            ngrams, of_ngram = np.unique(ngram, return_inverse=True)
-            counts = np.bincount(of_context, counted[places], len(contexts))
-            n_kinds = np.bincount(of_context, is_new, len(contexts))
-            hits = np.bincount(of_ngram, counted[places], len(ngrams))
-            self.index[n] = contexts, counts, n_kinds, ngrams, hits
-            counted = np.ones(len(train_tokens), bool)
-            counted[places] = is_new
-
-    def probabilities(self, ids):
-        """Of every token of independent streams of ids [n_streams, length], in the same shape."""
-        streams = Streams(ids, self.c.bos_id)
-        in_stream = np.ones(ids.size, bool)  # which places count at the length at hand
-        in_document = np.ones(ids.size, bool)
-        levels = []
-        for n in reversed(self.lengths):
-            places, context, ngram = streams.contexts(n)
-            # A token counts in its context's document, so a BOS is the last token of the one that it ends.
-            code = streams.document[places - 1] * GROUP_CODE
-            *counts, is_new = counts_before(context + code, ngram + code, in_document[places])
-            levels.append((places, *counts))
-            in_document = np.ones(ids.size, bool)
-            in_document[places] = is_new
-
-            contexts, train_counts, train_kinds, ngrams, train_hits = self.index[n]
-            at, known_context = find(contexts, context)
-            at_ngram, known_ngram = find(ngrams, ngram)
-            code = streams.stream[places] * GROUP_CODE
-            counts, n_kinds, hits, is_new = counts_before(
-                context + code, ngram + code, in_stream[places], known_ngram
-            )
-            counts = counts + known_context * train_counts[at]
-            n_kinds = n_kinds + known_context * train_kinds[at]
-            levels.append((places, counts, n_kinds, hits + known_ngram * train_hits[at_ngram]))
-            in_stream = np.ones(ids.size, bool)
-            in_stream[places] = is_new
-        p = np.full(ids.size, 1 / self.c.vocab_size)
-        for places, counts, n_kinds, hits in reversed(levels):
-            seen = counts > 0
-            rest = DISCOUNT * n_kinds[seen] * p[places[seen]]
-            p[places[seen]] = (np.maximum(hits[seen] - DISCOUNT, 0) + rest) / counts[seen]
-        return p.reshape(ids.shape)
+def is_first(keys):
+    """Whether each key is the first of its value."""
+    first = np.zeros(len(keys), bool)
+    first[np.unique(keys, return_index=True)[1]] = True
+    return first
 
 
 def find(known, query):
     """(where the sorted `known` has each element of a query, or any place; whether it has it)."""
     at = np.searchsorted(known, query).clip(max=len(known) - 1)
     return at, known[at] == query
+
+
+def ranges(starts, lengths, at_once=1 << 22):
+    """Yields (which, number): each i lengths[i] times, beside the lengths[i] numbers from starts[i] on. In
+    pieces, for together they may not fit into memory."""
+    ends = np.cumsum(lengths)
+    pieces = np.searchsorted(ends, np.arange(0, lengths.sum(), at_once), side="right")
+    for first, last in itertools.pairwise([*pieces, len(starts)]):
+        n = lengths[first:last]
+        which = np.repeat(np.arange(first, last), n)
+        begins = np.repeat(np.cumsum(n) - n, n)
+        yield which, starts[which] + np.arange(len(which)) - begins
+
+
+def ngram_keys(contexts, tokens):
+    """A number for each n-gram: that of its context, then its last token. So sorted keys are grouped by
+    context."""
+    return contexts << 16 | tokens.astype(np.uint64)
+
+
+class TrainingCounts:
+    """How often each token follows each context of one length in the training tokens."""
+
+    def __init__(self, keys=(), counted=()):
+        """keys: of the n-grams at all places. counted: whether the one at this place counts."""
+        keys = np.append(np.array(keys, np.uint64), np.uint64(2**64 - 1))  # the last is of no n-gram
+        self.keys, of_key = np.unique(keys, return_inverse=True)
+        self.tokens = (self.keys & 0xFFFF).astype(np.int64)
+        self.hits = np.bincount(of_key, np.append(counted, 0))
+        self.contexts, self.starts = np.unique(self.keys >> 16, return_index=True)
+        self.totals = np.add.reduceat(self.hits, self.starts)
+        self.n_kinds = np.diff(self.starts, append=len(self.keys))
+
+
+class NgramLevel(NamedTuple):
+    """The n-grams of one context length at all places of some streams that have one: arrays, all alike."""
+
+    n: int  # tokens of context
+    places: np.ndarray  # of its last token
+    tokens: np.ndarray  # its last token
+    contexts: np.ndarray  # a number for the tokens before that
+    own_contexts: np.ndarray  # the same, but different in each stream (or document)
+    training: TrainingCounts  # of all streams
+    known: np.ndarray  # whether training has it
+    is_new: np.ndarray  # whether neither training nor its stream (or document) has it up to here
+    counted: np.ndarray  # whether it counts here
+
+
+class NgramModel:
+    """What follows a context, by counts alone: Kneser and Ney's model (1995) with one discount, interpolated
+    from the shortest length of c.ngrams to the longest. Each length comes twice: with the counts of the
+    training tokens and the stream so far, and with those of the token's document alone. Below the longest
+    length, a context counts a token only where the next longer context meets it for the first time.
+
+    Its log-probabilities are part of the logits in training, too (head_logits), so the network only learns
+    what they lack, and where to trust them. A training token's must not come from its own occurrence, so each
+    tenth of the documents gets those of a model of the others (cross-fitting)."""
+
+    def __init__(self, train_tokens, c):
+        self.c = c
+        self.training = {}
+        if len(train_tokens) == 0:
+            train_tokens = np.array([c.bos_id])
+        streams = Streams(train_tokens[None], c.bos_id)
+        for level in self.levels(streams, streams.stream, collections.defaultdict(TrainingCounts)):
+            keys = ngram_keys(level.contexts, level.tokens)
+            self.training[level.n] = TrainingCounts(keys, level.counted)
+
+    def levels(self, streams, group, training):
+        """The NgramLevels, from the shortest n-grams to the longest. group: the number of each place's stream
+        or document. training: the TrainingCounts of each length."""
+        found = []
+        counted = np.ones(len(streams.tokens), bool)
+        for n in sorted(lengths(self.c.ngrams), reverse=True):
+            places, contexts, own_contexts = streams.contexts(n, group)
+            tokens = streams.tokens[places]
+            _, known = find(training[n].keys, ngram_keys(contexts, tokens))
+            is_new = is_first(ngram_keys(own_contexts, tokens)) & ~known
+            found.append(
+                NgramLevel(
+                    n, places, tokens, contexts, own_contexts, training[n], known, is_new, counted[places]
+                )
+            )
+            counted = np.ones(len(streams.tokens), bool)
+            counted[places] = is_new
+        return found[::-1]
+
+    def columns(self, ids, hide_own=False):
+        """-log p, in units of 1 / NGRAM_UNIT nats, of every token that may follow each of independent streams
+        of ids [n_streams, length]: uint16 [n_streams, length, V]. hide_own: without counts of the streams."""
+        V = self.c.vocab_size
+        # One more place at the end of each stream, for what follows its last token.
+        streams = Streams(np.pad(ids, ((0, 0), (0, 1))), self.c.bos_id)
+        nothing = collections.defaultdict(TrainingCounts)
+        if hide_own:
+            # Each place is a stream of its own, so no context has occurred in it before.
+            levels = self.levels(streams, np.arange(len(streams.tokens), dtype=np.uint64), self.training)
+        else:
+            of_stream = self.levels(streams, streams.stream, self.training)
+            # A BOS is the last token of the document that it ends.
+            of_document = self.levels(streams, np.roll(streams.document, 1), nothing)
+            levels = [level for pair in zip(of_stream, of_document, strict=True) for level in pair]
+        p = np.full((len(streams.tokens), V), 1 / V, np.float32)
+        for level in levels:
+            interpolate(p, level)
+        columns = (-np.log(np.maximum(p, 1e-6)) * NGRAM_UNIT).astype(np.uint16)
+        return columns.reshape(len(ids), -1, V)[:, 1:]
+
+
+def interpolate(p, level):
+    """Makes p [n_places, V], which is what shorter contexts expect, what the level's contexts expect."""
+    _, places, tokens, contexts, own_contexts, training, known, is_new, counted = level
+    keys = ngram_keys(own_contexts, tokens)
+    (hits,) = sums_before(keys, counted)
+    totals, n_kinds = sums_before(own_contexts, counted, is_new)
+    at, has_context = find(training.contexts, contexts)
+    totals = totals + has_context * training.totals[at]
+    n_kinds = n_kinds + has_context * training.n_kinds[at]
+    seen = totals > 0
+    p[places[seen]] *= (DISCOUNT * n_kinds[seen] / totals[seen])[:, None]
+    totals = np.maximum(totals, 1)
+    for which, entry in ranges(training.starts[at], has_context * training.n_kinds[at]):
+        p[places[which], training.tokens[entry]] += (training.hits[entry] - DISCOUNT) / totals[which]
+    # In order of context and then place, each n-gram's own count stays what it is from the place behind it to
+    # its next occurrence, or to the context's last place.
+    order = np.argsort(own_contexts, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    ends = np.searchsorted(own_contexts[order], own_contexts[order], side="right")[rank]
+    by_key = np.argsort(keys, kind="stable")
+    here = by_key[:-1]
+    following = by_key[1:]
+    again = keys[here] == keys[following]
+    ends[here[again]] = rank[following[again]] + 1
+    hits = hits + counted - DISCOUNT * ~known  # training's part has the discount already
+    for which, at in ranges(rank + 1, ends - rank - 1):
+        later = order[at]
+        p[places[later], tokens[which]] += hits[which] / totals[later]
+
+
+def training_columns(train_tokens, c):
+    """NgramModel.columns of the training tokens: uint16 [n, V]. Those of each tenth of the documents come
+    from a model of the other nine tenths."""
+    fold = np.cumsum(train_tokens == c.bos_id) % FOLDS
+    columns = np.empty((len(train_tokens), c.vocab_size), np.uint16)
+    for k in np.unique(fold):
+        model = NgramModel(train_tokens[fold != k], c)
+        columns[fold == k] = model.columns(train_tokens[fold == k][None])[0]
+    return columns
 
 
 class Loader:
@@ -1051,8 +1205,8 @@ class Loader:
     seq_len tokens into rows, which are then shuffled. A document that would end with its row is taken
     early, so that the next row starts at a BOS. Every token but the epoch's first (or first bag) is a target
     exactly once; the last row is filled up with targets of -1, which do not count. With bags of s tokens a
-    row holds s * seq_len tokens, and each bag's targets are the s tokens of the next bag. inputs: [n, 1 +
-    n_lookups(c)] of Lookup; the first c.train_tokens are used."""
+    row holds s * seq_len tokens, and each bag's targets are the s tokens of the next bag. inputs: [n,
+    n_inputs(c)] of Lookup; the first c.train_tokens are used."""
 
     def __init__(self, inputs, c, rank=0, world_size=1, bag_size=1):
         self.inputs = inputs[: c.train_tokens]
@@ -1106,7 +1260,7 @@ class Loader:
         return np.concatenate([self.inputs[a + shift : b + shift] for a, b, shift in pieces])
 
     def batch(self, step):
-        """This rank's inputs, int64 [rows, row_tokens, 1 + n_lookups(c)], its targets [rows, seq_len,
+        """This rank's inputs, int64 [rows, row_tokens, n_inputs(c)], its targets [rows, seq_len,
         bag_size], and the number of targets in the batch of all ranks."""
         n = self.row_tokens
         bag_size = self.bag_size
@@ -1261,30 +1415,35 @@ def train_pass(p, x, y, n_targets, c, m, phase, seed, teacher=None):
     # Dropout depends only on the seed, the step, the rank and the micro-batch, so a resumed run repeats it.
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     y = to_device(y, m)
-    teacher_out = None
+    teacher_output = None
     if teacher and phase.bag_size == 1:  # the teacher predicts single tokens, so it sits out the bags
         c_teacher, p_teacher = teacher
         with torch.no_grad():
             final_phase = phase_schedule(1.0, c_teacher)
             h = forward(p_teacher, x, c_teacher, m, final_phase, run_block=m.functions.block)
-        teacher_out = h.flatten(0, 1), padded_head(p_teacher["lm_head"], m.dtype)
+            teacher_output = make_output(p_teacher, h.flatten(0, 1), x, c_teacher, m)
     h = forward(p, x, c, m, phase, c.dropout, m.functions.block).flatten(0, 1)
     # The backward pass has two parts: objective() goes back through the loss and the head, whose gradient is
-    # added by hand below; from h on, autograd takes over.
-    head = padded_head(p["lm_head"].detach(), m.dtype)
+    # added by hand below; from h and the gate on, autograd takes over.
+    output = make_output(p, h, x, c, m, phase.bag_size)
     scale = torch.full((), 1 / n_targets, device=m.device)
-    grad_h, grad_head, logged = objective(h.detach(), head, y.flatten(0, 1), scale, c, m, teacher_out)
+    grad, logged = objective(output.detach(), y.flatten(0, 1), scale, c, m, teacher_output)
+    grad_head = grad.head
     roots = [h]
-    grads = [grad_h]
+    grads = [grad.h]
+    if c.ngrams:
+        roots.append(output.gate)
+        grads.append(grad.gate)
     if phase.bag_size > 1:
         logged["bag_loss"] = logged.pop("loss")
     if c.mtp_weight:  # plain cross-entropy, with or without a teacher, on top of the loss
         after_next = F.pad(y[:, 1:], (0, 0, 0, 1), value=-1).flatten(0, 1)
         h_mtp = norm(F.linear(h, p["mtp"][0].to(h.dtype)))
-        grad_mtp, grad, sums = objective(h_mtp.detach(), head, after_next, c.mtp_weight * scale, c, m)
+        further = Output(h_mtp.detach(), output.head.detach())
+        grad, sums = objective(further, after_next, c.mtp_weight * scale, c, m)
         roots.append(h_mtp)
-        grads.append(grad_mtp)
-        grad_head += grad
+        grads.append(grad.h)
+        grad_head += grad.head
         logged["mtp"] = sums["loss"]
     torch.autograd.backward(roots, grads)
     grad_head = grad_head[: c.vocab_size]
@@ -1392,7 +1551,7 @@ def scoring_windows(length, c):
 @torch.no_grad()
 def stream_nll(p, inputs, c, m):
     """Negative log-likelihood in nats of every token of independent streams, float32 [n_streams, length] on
-    every rank. inputs: from Lookup, [n_streams, length, 1 + n_lookups(c)]. The first token of a stream has no
+    every rank. inputs: from Lookup, [n_streams, length, n_inputs(c)]. The first token of a stream has no
     context and gets 0."""
     n_streams, length, _ = inputs.shape
     phase = phase_schedule(1.0, c)
@@ -1408,19 +1567,22 @@ def stream_nll(p, inputs, c, m):
             part = shard[i : i + n_rows]
             ids = np.stack([inputs[row, start : start + T + 1] for row, start, _, _ in part])
             ids = torch.from_numpy(ids.astype(np.int64))
-            h = forward(p, ids[:, :-1], c, m, phase).flatten(0, 1)
-            nll = token_nll(h, p["lm_head"], to_device(ids[:, 1:, 0], m).flatten(), c).view(len(part), T)
+            x = ids[:, :-1]
+            h = forward(p, x, c, m, phase).flatten(0, 1)
+            targets = to_device(ids[:, 1:, 0], m).flatten()
+            nll = token_nll(make_output(p, h, x, c, m), targets, c).view(len(part), T)
             for (row, start, _, new), values in zip(part, nll, strict=True):
                 out[row, new : start + T + 1] = values[new - start - 1 :]
     return all_reduce(m, out).cpu().numpy()
 
 
-def token_nll(h, lm_head, targets, c):
-    """-log p(target) of every token in nats, float32 [N], chunk by chunk. h [N, D], targets [N]."""
-    head = padded_head(lm_head, h.dtype)
+def token_nll(output, targets, c):
+    """-log p(target) of every token in nats, float32 [N], chunk by chunk. output: an Output; targets [N]."""
     parts = []
-    for part, target in zip(h.split(c.loss_chunk), targets.split(c.loss_chunk), strict=True):
-        parts.append(F.cross_entropy(head_logits(part, head, c), target, reduction="none"))
+    for i in range(0, len(targets), c.loss_chunk):
+        part = slice(i, i + c.loss_chunk)
+        logits = output_logits(output.chunk(part), c)
+        parts.append(F.cross_entropy(logits, targets[part], reduction="none"))
     return torch.cat(parts)
 
 
@@ -1437,9 +1599,9 @@ def add_model(total, nll):
     return -np.logaddexp(-total, -nll.astype(np.float64))
 
 
-def run_nll(folder, inputs, lookup, c, m, show=None):
-    """NLL of every token under the mean probability of a run's models, float64 [n_streams, length], on the
-    first rank. inputs: from lookup. One model is in memory at a time."""
+def run_nll(folder, inputs, c, m, show=None):
+    """NLL of every token under the mean probability of a run's models, float64 [n_streams, length]. inputs:
+    from Lookup. One model is in memory at a time."""
     total = np.inf
     scored = scored_models(c)
     for n, (number, c_model) in enumerate(scored, start=1):
@@ -1449,13 +1611,7 @@ def run_nll(folder, inputs, lookup, c, m, show=None):
         if show and len(scored) > 1:
             together = f"the members so far together: {mean_nll(total + math.log(n)):.6f} nats per token"
             show(f"member {number + 1} alone: {mean_nll(nll):.6f}; {together}")
-    total = total + math.log(len(scored))
-    if c.ngrams and m.is_main:
-        if show:
-            show(f"without n-grams: {mean_nll(total):.6f} nats per token")
-        p = NgramModel(lookup.train_tokens, c).probabilities(inputs[..., 0])
-        total = -np.log((1 - c.ngram_weight) * np.exp(-total) + c.ngram_weight * p)
-    total = np.maximum(0, total)  # a mean probability is at most 1, up to rounding
+    total = np.maximum(0, total + math.log(len(scored)))  # a mean probability is at most 1, up to rounding
     total[:, 0] = 0
     return total
 
@@ -1471,20 +1627,20 @@ def sample(folder, c, m, lookup, prompt, n_tokens, temperature=0.8, top_p=0.95):
     tokens that together have a share of top_p are drawn from. The context is computed again for each: slow,
     but simple.
 
-    What c.recall would find is hidden from the model. Once it repeats itself, every length of n-gram agrees
-    on how to go on, which in real text is right nearly always: it would never leave the loop."""
+    What c.recall and c.ngrams would find in the text itself is hidden from the model. Once it repeats itself,
+    every length of n-gram agrees on how to go on, which in real text is right nearly always: it would never
+    leave the loop."""
     scored = [(c_model, load_weights(folder, number, c_model, m)) for number, c_model in scored_models(c)]
     g = torch.Generator().manual_seed(c.seed)
     ids = list(prompt)
     for _ in range(n_tokens):
-        inputs = lookup.inputs(np.array([ids], dtype=np.uint16))
-        inputs[..., 1 : 1 + len(lengths(c.recall))] = NO_TOKEN
+        inputs = lookup.inputs(np.array([ids], dtype=np.uint16), hide_own=True)
         mean = 0
         for c_model, p in scored:
             x = torch.from_numpy(inputs[:, -c_model.seq_len :].astype(np.int64))
             h = forward(p, x, c_model, m, phase_schedule(1.0, c_model))
-            logits = head_logits(h[0, -1], p["lm_head"].to(h.dtype), c_model)
-            mean = mean + logits.softmax(-1).cpu() / len(scored)
+            logits = output_logits(make_output(p, h[0, -1:], x[:, -1:], c_model, m), c_model)
+            mean = mean + logits[0].softmax(-1).cpu() / len(scored)
         probs, order = (mean.log() / temperature).softmax(-1).sort(descending=True)
         probs[probs.cumsum(0) - probs >= top_p] = 0
         ids.append(int(order[torch.multinomial(probs, 1, generator=g)]))

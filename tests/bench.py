@@ -84,7 +84,7 @@ def with_vocabulary(c, size):
 
 def make_step(which, c, m):
     """A function that takes one optimizer step on random tokens."""
-    shape = (c.batch_tokens // c.seq_len, c.seq_len + 1, 1 + t.n_lookups(c))
+    shape = (c.batch_tokens // c.seq_len, c.seq_len + 1, t.n_inputs(c))
     inputs = torch.randint(c.vocab_size - 1, shape)
     n_rows = c.device_tokens // c.seq_len
     if which.startswith("tokenrun"):
@@ -194,7 +194,7 @@ def objective_cost(c, m, n_rounds):
     grad_head = torch.empty_like(head)
 
     def objective():
-        t.objective(h, head, targets, scale, c, m)
+        t.objective(t.Output(h, head), targets, scale, c, m)
 
     def products():
         for part, out in zip(h.split(c.loss_chunk), grad_h.split(c.loss_chunk)):

@@ -90,15 +90,16 @@ def compiled_block(tracker):
     return run
 
 
-def compiled_chunk(h, head, targets, scale, c, *taught):
+def compiled_chunk(output, targets, scale, c, taught):
     """Allocates what a compiled chunk_grad() does, and computes nothing."""
+    h, head, gate, _ = output
     n_low, n_float32 = CHUNK_BUFFERS[bool(taught)]
     buffers = [h.new_empty(len(h), len(head)) for _ in range(n_low)]
     buffers += [h.new_empty(len(h), len(head), dtype=torch.float32) for _ in range(n_float32)]
     del buffers
     loss = h.new_empty((), dtype=torch.float32)
     logged = {"loss": loss, "kl": loss} if taught else {"loss": loss}
-    return (torch.empty_like(h), torch.empty_like(head)), logged
+    return [torch.empty_like(x) for x in (h, head, gate) if x is not None], logged
 
 
 def step_memory(model, m):
@@ -142,7 +143,7 @@ def step_memory(model, m):
         average = {name: optimizer.shard(name, w.detach()).clone() for name, w in p.items() if c.ema}
         kinds["optimizer"] = tracker.live - kinds["weights"]
         kinds["gradients"] = sum(w.nbytes for w in p.values())
-        x = torch.zeros(rows, c.seq_len * phase.bag_size, 1 + t.n_lookups(c), dtype=torch.long)
+        x = torch.zeros(rows, c.seq_len * phase.bag_size, t.n_inputs(c), dtype=torch.long)
         y = x[..., 0].unflatten(1, (-1, phase.bag_size))
         n_micro_batches = c.batch_tokens // c.seq_len // m.world_size // rows
         with t.step_weights(p, c, m) as weights:

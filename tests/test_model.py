@@ -522,7 +522,7 @@ def test_evaluation_windows_are_windows_of_the_score(exact, length, n_windows):
     windows = harness.evaluation_inputs(inputs[0], c)
     T = min(64, length - 1)
     n_whole = (length - 1) // T
-    assert windows.shape == (min(n_windows, n_whole), T + 1, 1 + t.n_lookups(c))
+    assert windows.shape == (min(n_windows, n_whole), T + 1, t.n_inputs(c))
     nll = t.stream_nll(p, windows, c, m)
     starts = []
     for window, values in zip(windows, nll):
@@ -573,12 +573,13 @@ def plain_objective(h, w, targets, c, teacher=None):
 
 
 def chunked(h, w, targets, c, m, scale=1.0, teacher=None):
-    """objective() with heads of float32."""
-    head = t.padded_head(w, h.dtype)
+    """objective() with heads of float32: (gradient of h, gradient of the head, logged sums)."""
     if teacher:
-        teacher = teacher[0], t.padded_head(teacher[1], h.dtype)
+        teacher = t.Output(teacher[0], t.padded_head(teacher[1], h.dtype))
     scale = torch.tensor(scale, device=m.device)
-    return t.objective(h, head, targets, scale, c, m, teacher)
+    output = t.Output(h, t.padded_head(w, h.dtype))
+    grad, logged = t.objective(output, targets, scale, c, m, teacher)
+    return grad.h, grad.head, logged
 
 
 def hidden_and_head(N=40, D=16, V=50, seed=0):
@@ -730,7 +731,7 @@ def test_objective_never_holds_all_logits():
     targets = torch.randint(997, (2000, 1), device=m.device)
     with Watch():
         chunked(h, w, targets, c, m)
-        t.token_nll(h, w, targets[:, 0], c)
+        t.token_nll(t.Output(h, t.padded_head(w, h.dtype)), targets[:, 0], c)
     assert max(largest) == 50 * 1000  # in rows of a multiple of 8
 
 
@@ -739,7 +740,7 @@ def test_token_nll_is_the_objective(exact):
     m = make_machine()
     targets = torch.randint(20, (30, 1), device=m.device)
     c = config(vocab_size=20, loss_chunk=7)
-    nll = t.token_nll(h, w, targets[:, 0], c)
+    nll = t.token_nll(t.Output(h, t.padded_head(w, h.dtype)), targets[:, 0], c)
     assert_equal(nll.sum(), chunked(h, w, targets, c, m)[2]["loss"])
 
 
