@@ -65,7 +65,7 @@ TECHNIQUES = (
     Technique("chain distillation", {"U": -0.040}, "chain2", comparable=False),
     Technique("look-ups: recall", {}, "recall"),
     Technique("look-ups: memory, on top of recall", {}, "memory"),
-    Technique("an n-gram model in the score", {}, "ngrams"),
+    Technique("an n-gram model in the logits", {}, "ngrams"),
     Technique("bags of two (TST)", {}, "bags2"),
     Technique("bags of four (TST)", {}, "bags4"),
     Technique("dropout of 0.1", {}, "dropout"),

@@ -1,5 +1,6 @@
 """The promises of the loader and of look-ups."""
 
+import functools
 from collections import Counter
 
 import numpy as np
@@ -292,44 +293,91 @@ class CountsByALoop:
         return (np.maximum(counts - 0.8, 0) + 0.8 * (counts > 0).sum() * p) / counts.sum()
 
 
-def ngrams_by_a_loop(known, stream, sizes, vocab_size, bos_id):
-    """The probability of every token of a stream, and that of every other token in its place: [n,
-    vocab_size]. Interpolated Kneser-Ney."""
+def ngrams_by_a_loop(known, stream, sizes, vocab_size, bos_id, own=True):
+    """The probabilities of all tokens behind each token of a stream: [n, vocab_size]. Interpolated
+    Kneser-Ney. own: whether the stream counts, too."""
     everywhere = CountsByALoop(sizes)
     for i in range(len(known)):
         everywhere.learn(known, i)
+    here = CountsByALoop(sizes)
     rows = []
     for i in range(len(stream)):
-        if i == 1 or (i > 1 and stream[i - 1] == bos_id):
+        if own:
+            everywhere.learn(stream, i)
+            if i > 0:
+                here.learn(stream, i)
+        if stream[i] == bos_id:
             here = CountsByALoop(sizes)
         p = np.full(vocab_size, 1 / vocab_size)
         for n in sizes:
-            if i >= n:
-                context = (*stream[i - n : i],)
+            if i + 1 >= n:
+                context = (*stream[i + 1 - n : i + 1],)
                 p = everywhere.interpolate(p, context, vocab_size)
                 p = here.interpolate(p, context, vocab_size)
         rows.append(p)
-        everywhere.learn(stream, i)
-        if i > 0:
-            here.learn(stream, i)
     return np.stack(rows)
 
 
-def test_n_grams_against_a_loop():
+def bytes_of_five(*starts, **kwargs):
+    """Three letters and a BOS of 4, for a vocabulary of 5."""
+    stream = three_letters(*starts, **kwargs)
+    return np.where(stream == BOS, 4, stream).astype(np.uint16)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_n_grams_against_a_loop(own):
     """Streams in several documents, which learn from the training tokens, from themselves and from their
     documents alone; the second one begins as the first ends."""
     c = config(vocab_size=5, bos_id=4, ngrams="5,1,2")
-    known = np.where(three_letters(0, 10, n=40, seed=1) == BOS, 4, three_letters(0, 10, n=40, seed=1))
-    first = np.where(three_letters(0, 40, 41) == BOS, 4, three_letters(0, 40, 41))
-    streams = np.stack([first, np.concatenate([first[-60:], first[:90]])]).astype(np.uint16)
-    known = known.astype(np.uint16)
+    known = bytes_of_five(0, 10, n=40, seed=1)
+    first = bytes_of_five(0, 40, 41)
+    streams = np.stack([first, np.concatenate([first[-60:], first[:90]])])
     model = t.NgramModel(known, c)
     for some in (streams, streams[:, :4], streams[:1, :1]):
-        got = model.probabilities(some)
+        got = model.columns(some, hide_own=not own)
+        assert got.dtype == np.uint16
         for row, stream in zip(got, some.tolist(), strict=True):
-            expected = ngrams_by_a_loop(known.tolist(), stream, (1, 2, 5), 5, bos_id=4)
+            expected = ngrams_by_a_loop(known.tolist(), stream, (1, 2, 5), 5, 4, own)
             np.testing.assert_allclose(expected.sum(1), 1)
-            np.testing.assert_allclose(row, expected[np.arange(len(stream)), stream], rtol=1e-12)
+            # Rounded down to units; float32 is closer than a hundredth of one.
+            np.testing.assert_array_less(row, 4096 * -np.log(np.maximum(expected, 1e-6)) + 0.01)
+            np.testing.assert_array_less(4096 * -np.log(np.maximum(expected, 1e-6)) - 1.01, row)
+
+
+def test_n_grams_in_pieces(monkeypatch):
+    """As many entries at a time as fit into memory are written; the columns are the same."""
+    c = config(vocab_size=5, bos_id=4, ngrams="5,1,2")
+    streams = np.stack([bytes_of_five(0, 40, 41), bytes_of_five(30, seed=2)])
+    model = t.NgramModel(bytes_of_five(0, 10, n=40, seed=1), c)
+    whole = model.columns(streams)
+    in_pieces = functools.partial(t.ranges, at_once=10)
+    monkeypatch.setattr(t, "ranges", in_pieces)
+    assert (model.columns(streams) == whole).all()
+    starts, lengths = np.array([5, 0, 100, 7]), np.array([3, 0, 25, 1])
+    pairs = [np.stack(piece) for piece in in_pieces(starts, lengths)]
+    expected = [(i, starts[i] + j) for i in range(4) for j in range(lengths[i])]
+    assert len(pairs) > 1 and np.concatenate(pairs, axis=1).T.tolist() == [list(pair) for pair in expected]
+
+
+def test_n_grams_of_training_tokens_do_not_count_themselves():
+    """What follows in a document, or in a later one of its fold, is of no consequence for its columns; what
+    stands in other folds' documents is."""
+    starts = range(0, 600, 20)  # thirty documents in ten folds
+    tokens = bytes_of_five(*starts, n=600)
+    c = config(vocab_size=5, bos_id=4, ngrams="1,2,5", train_tokens=600)
+    before = t.Lookup(tokens, c).training_inputs()
+    assert before.shape == (600, t.n_inputs(c)) and (before[:, 0] == tokens).all()
+    changed = tokens.copy()
+    changed[230:240] = (tokens[230:240] + 1) % 3
+    after = t.Lookup(changed, c).training_inputs()
+    columns = (before[:, 1:] != after[:, 1:]).any(1)
+    document = np.arange(600) // 20
+    of_fold = document % 10 == 230 // 20 % 10
+    assert not columns[of_fold & (np.arange(600) < 230)].any()
+    assert columns[~of_fold].mean() > 0.5 and columns[of_fold & (np.arange(600) > 240)].any()
+    # Fewer documents than folds: even one, whose model has nothing to count.
+    alone = t.Lookup(tokens[:20], config(vocab_size=5, bos_id=4, ngrams="1,2,5")).training_inputs()
+    assert alone.shape == (20, 6)
 
 
 def test_training_documents_do_not_find_themselves_in_memory():

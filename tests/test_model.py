@@ -621,6 +621,35 @@ def test_objective_against_whole_logits(exact, K, chunk, teacher_temp):
     assert grad_h[3].abs().max() == 0
 
 
+def test_objective_with_n_grams(exact):
+    """The gate times the n-grams' log-probabilities is added behind the softcap; all three gradients, also
+    with a teacher that has a gate of its own, are autograd's over whole logits."""
+    c = config(vocab_size=50, loss_chunk=7, distill_alpha=0.3)
+    m = make_machine()
+    g = torch.Generator().manual_seed(0)
+    columns = torch.randint(0, 60000, (40, 50), generator=g).to(m.device)
+    targets = torch.randint(-1, 50, (40, 1), generator=g).to(m.device)
+    h, w = hidden_and_head()
+    weights = [x.clone().requires_grad_() for x in (h, w, torch.rand(40, 1, generator=g).to(h))]
+    teacher_gate = torch.rand(40, 1, generator=g).to(h)
+
+    def logits(h, w, gate):
+        return head_logits(h, w, c) - gate * columns / 4096
+
+    expected = t.loss_function(logits(*weights), targets, c, logits(h, w, teacher_gate))[0]
+    (0.1 * expected).backward()
+    a, b, gate = (x.detach() for x in weights)
+    output = t.Output(a, t.padded_head(b, a.dtype), gate, columns)
+    taught = output._replace(gate=teacher_gate)
+    grad, logged = t.objective(output, targets, torch.tensor(0.1, device=m.device), c, m, taught)
+    assert logged["kl"] > 1
+    for got, x in zip((grad.h, grad.head[:50], grad.gate), weights, strict=True):
+        assert_equal(got, x.grad)
+    nll = t.token_nll(output, targets[:, 0].clamp_min(0), c)
+    expected = logits(a, b, gate).log_softmax(-1).gather(1, targets.clamp_min(0))[:, 0]
+    assert_equal(nll, -expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("softcap", [15.0, 50.0])
 def test_objective_near_its_limits(dtype, softcap):

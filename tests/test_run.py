@@ -401,28 +401,32 @@ def test_a_run_follows_its_data(tiny_data, finished_run, tmp_path, monkeypatch):
     assert run_main("--resume", "run", "--members", 2, *PLAIN)[0] == 0
 
 
-def test_n_grams_are_scored_with_the_members(tiny_data, tmp_path):
-    run = train_tiny(tiny_data, tmp_path / "run", "--steps", 3, members=2, ngrams="1,2", ngram_weight=0.4)
+def test_n_grams_are_part_of_the_score(tiny_data, tmp_path):
+    """A score knows the training tokens; the loss is that of the network's logits plus the gate times the
+    n-grams' log-probabilities, and training has moved the gate."""
+    run = train_tiny(tiny_data, tmp_path / "run", "--steps", 3, members=2, ngrams="1,2")
     score = ("--score", run, "--tokens", tiny_data / "val.bin", "--nll", tmp_path / "nll.npy", *PLAIN)
     assert run_main(*score)[0] == 0
     nll = np.load(tmp_path / "nll.npy").astype(np.float64)
     assert nll.sum() / 3009 == pytest.approx(record_of(run)["val_loss"], rel=1e-5)
-    (line,) = [line for line in log_lines(run) if line.startswith("without n-grams: ")]
-    (last,) = [line for line in log_lines(run) if line.startswith("member 2 alone: ")]
-    assert f"the members so far together: {line.split(': ')[1]}" in last
     c, meta, _ = harness.read_run(run)
     m = harness.Machine(torch.device("cpu"), torch.float32)
     train_tokens = harness.read_shard(tiny_data / "train.bin", c.vocab_size)[: c.train_tokens]
-    val_tokens = harness.read_shard(tiny_data / "val.bin", c.vocab_size)[None]
-    networks = [
-        np.exp(
-            -t.stream_nll(harness.load_weights(run, number, c_model, m), val_tokens[..., None], c_model, m)
-        )
-        for number, c_model in t.scored_models(c)
-    ]
-    counted = t.NgramModel(train_tokens, c).probabilities(val_tokens)
-    mean = -np.log(0.6 * np.mean(networks, axis=0) + 0.4 * counted)[0, 1:]
-    np.testing.assert_allclose(nll[1:], mean, rtol=1e-5, atol=1e-6)
+    val_tokens = harness.read_shard(tiny_data / "val.bin", c.vocab_size)
+    counted = torch.from_numpy(t.NgramModel(train_tokens, c).columns(val_tokens[None])[0] / -4096.0)
+    x = torch.from_numpy(val_tokens.astype(np.int64))
+    columns = torch.zeros(3009, c.vocab_size, dtype=torch.long)
+    members = []
+    for number, c_model in t.scored_models(c):
+        p = harness.load_weights(run, number, c_model, m)
+        assert p["ngram_gate"].abs().max() > 0
+        phase = t.phase_schedule(1.0, c_model)
+        inputs = torch.cat([x[:3009, None], columns], dim=1).split(c.seq_len)
+        h = torch.cat([t.forward(p, window[None], c_model, m, phase)[0] for window in inputs])
+        gate = 0.25 + h @ p["ngram_gate"].T
+        logits = t.head_logits(h, p["lm_head"], c_model) + gate * counted[:3009]
+        members.append(logits.softmax(-1).gather(1, x[1:, None])[:, 0].numpy())
+    np.testing.assert_allclose(nll[1:], -np.log(np.mean(members, axis=0)), rtol=1e-4, atol=1e-5)
 
 
 def test_a_score_follows_the_data_and_the_machine(tiny_data, tmp_path):
@@ -1350,7 +1354,6 @@ BAD_OPTIONS = [
     ("--memory 0", "--memory"),
     ("--ngrams 3,x", "--ngrams"),
     ("--ngrams 4,40 --train_tokens 40", "--ngrams"),
-    ("--ngram_weight 1", "--ngram_weight"),
     ("--dtype fp8", "--dtype"),
     ("--attention varlen", "--attention"),
     ("--vocab_size 300", "--vocab_size"),
