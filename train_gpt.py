@@ -79,7 +79,6 @@ class Config:
     # same n-gram.
     recall: str = ""  # lengths to look up in the token's own document, such as 4,8,16
     memory: str = ""  # lengths to look up in the other training documents
-    grow_memory: bool = False  # in scoring, n-grams that training lacks are looked up earlier in the text
     ngrams: str = ""  # context lengths of an n-gram count model whose log-probabilities join the logits
     loop_first: int = 0  # looped layers: the first of a range that runs several times in a row
     loop_last: int = 0  # the last of that range, included
@@ -135,7 +134,7 @@ POCKET = LOOK_UP | MTP_IHA | dict(ema=0.99, weight_decay=0.25, score_stride=256)
 PROSE = (
     POCKET
     | dict(data="prose", epochs=5.7, evals=4, score_stride=0)
-    | dict(grow_memory=True, ngrams="1,2,3,4,5,6,8,11,15,20,28")
+    | dict(ngrams="1,2,3,4,5,6,8,11,15,20,28")
 )
 
 FINEWEB = (
@@ -160,9 +159,7 @@ DEEP = (
 # The recipe of each track's standing record, where there is one. The FineWeb presets and mini's have not run
 # on a GPU yet. The former follow Slowrun's published scripts; records/transfer.md says where they differ.
 PRESETS = {
-    "pocket": POCKET
-    | dict(epochs=6.9, evals=4, grow_memory=True)
-    | dict(ngrams="1,2,3,4,5,6,8,11,15,20,28,40"),
+    "pocket": POCKET | dict(epochs=6.9, evals=4) | dict(ngrams="1,2,3,4,5,6,8,11,15,20,28,40"),
     "pocket_unlimited": POCKET | dict(epochs=6.0, members=3, distill_alpha=0.4),
     "prose": PROSE,
     "prose_unlimited": PROSE | dict(ngrams="", members=2, distill_alpha=0.4),
@@ -874,6 +871,35 @@ def compiled_muon_update():
 # ---- batches, and the look-ups that stand beside each token ------------------------------------------------
 
 
+class Grouped:
+    """Places in groups: those with the same number, in order."""
+
+    def __init__(self, numbers):
+        n = np.arange(len(numbers))
+        self.order = np.argsort(numbers, kind="stable")  # the places, group by group
+        self.rank = np.empty(len(numbers), np.int64)  # of each place in that order
+        self.rank[self.order] = n
+        numbers = numbers[self.order]
+        begins = np.append(True, numbers[1:] != numbers[:-1])[: len(n)]
+        self.begin = np.maximum.accumulate(np.where(begins, n, 0))[self.rank]  # the rank of its group's first
+        ends = np.append(begins[1:], True)[: len(n)]
+        self.end = np.minimum.accumulate(np.where(ends, n + 1, len(n))[::-1])[::-1][self.rank]
+
+    def is_first(self):
+        """Whether each place is the first of its group."""
+        return self.rank == self.begin
+
+    def sums_before(self, values):
+        """For each place, the sum of these values over the places before it in its group."""
+        sums = np.append(0, np.cumsum(values[self.order], dtype=np.int64))
+        return sums[self.rank] - sums[self.begin]
+
+    def next(self):
+        """(the places that another of their group follows, the next one of each)."""
+        has_next = np.flatnonzero(self.rank + 1 < self.end)
+        return has_next, self.order[self.rank[has_next] + 1]
+
+
 class Streams:
     """Independent streams of ids [n_streams, length], laid end to end, and what look-ups need of them."""
 
@@ -910,19 +936,6 @@ class Streams:
         contexts = self.ngrams(n)[places - 1]
         return places, contexts >> 16, (contexts + group[places] * GROUP_CODE) >> 16
 
-    def earlier_documents(self, n):
-        """For each token, the place of the last occurrence, in an earlier document of its stream, of the
-        n-gram that ends there; -1: nowhere."""
-        ngram = self.ngrams(n) + self.stream * GROUP_CODE
-        order = np.argsort(ngram, kind="stable")
-        ngram = ngram[order]
-        before = run_starts(ngram, self.document[order]) - 1
-        whole = self.offset[order] >= n - 1  # no n-gram reaches back into another document
-        found = (before >= 0) & (ngram[before] == ngram) & whole & whole[before]
-        last = np.full(len(order), -1)
-        last[order[found]] = order[before[found]]
-        return last
-
 
 # A stream's or document's number times this is added to hashes, which then match only within it.
 GROUP_CODE = np.uint64(0xD6E8FEB86659FD93)
@@ -938,10 +951,9 @@ class Lookup:
     """Makes the model's inputs: each token, and beside it, for each length n of c.recall, the token that
     followed the last occurrence in the same document of the n tokens that end here; for each of c.memory the
     same from the training documents. Training tokens skip matches in their own document: a new text's own is
-    never in memory, and a model that had seen such matches would trust memory too much. In scoring,
-    c.grow_memory adds the documents that the stream has finished, for n-grams that training lacks. NO_TOKEN
-    where there is no occurrence. Hard-wired induction (2401.12973) and retrieval (2112.04426): exact, without
-    attention, as far back as the document goes, and never ahead in it."""
+    never in memory, and a model that had seen such matches would trust memory too much. NO_TOKEN where there
+    is no occurrence. Hard-wired induction (2401.12973) and retrieval (2112.04426): exact, without attention,
+    as far back as the document goes, and never ahead in it. With c.ngrams, NgramModel.columns come last."""
 
     def __init__(self, train_tokens, c):
         """train_tokens: [n] of the budget; in scoring, c.memory and c.ngrams need them."""
@@ -990,12 +1002,9 @@ class Lookup:
         columns[0] = streams.tokens
         recall = lengths(c.recall)
         for column, n in zip(columns[1:], recall, strict=False):
-            ngram = streams.ngrams(n) + streams.document * GROUP_CODE
-            order = np.argsort(ngram, kind="stable")
-            here = order[1:]
-            before = order[:-1]
-            found = (ngram[here] == ngram[before]) & (streams.offset[before] >= n - 1)
-            column[here[found]] = streams.tokens[before[found] + 1]
+            before, here = Grouped(streams.ngrams(n) + streams.document * GROUP_CODE).next()
+            whole = streams.offset[before] >= n - 1
+            column[here[whole]] = streams.tokens[before[whole] + 1]
         memory = zip(columns[1 + len(recall) :], lengths(c.memory), self.index, strict=True)
         for column, n, (places, known, document, run_start) in memory:
             ngram = streams.ngrams(n)
@@ -1009,38 +1018,12 @@ class Lookup:
                 match = np.where(own, run_start[match] - 1, match)
             found = (match >= 0) & (known[match] == ngram) & (streams.offset >= n - 1)
             column[found] = self.train_tokens[places[match[found]] + 1]
-            if c.grow_memory and not in_training:
-                last = streams.earlier_documents(n)
-                grown = (last >= 0) & ~found
-                column[grown] = streams.tokens[last[grown] + 1]
         return columns.T.reshape(*ids.shape, -1)
 
 
 DISCOUNT = 0.8  # taken off each count and given to the next shorter context; tuned on prose and pocket
 NGRAM_UNIT = 4096  # n-gram columns hold -log p in units of 1 / 4096 nats
 FOLDS = 10  # for each tenth of the training documents, n-grams are counted in the others
-
-
-def sums_before(groups, *values):
-    """For each place, the sums of these values at earlier places of its group."""
-    order = np.argsort(groups, kind="stable")
-    groups = groups[order]
-    begins = run_starts(groups, groups)  # no documents here: the group alone
-    all_sums = []
-    for value in values:
-        value = value[order].astype(np.int64)
-        before = np.cumsum(value) - value
-        sums = np.empty(len(order), np.int64)
-        sums[order] = before - before[begins]
-        all_sums.append(sums)
-    return all_sums
-
-
-def is_first(keys):
-    """Whether each key is the first of its value."""
-    first = np.zeros(len(keys), bool)
-    first[np.unique(keys, return_index=True)[1]] = True
-    return first
 
 
 def find(known, query):
@@ -1089,6 +1072,7 @@ class NgramLevel(NamedTuple):
     tokens: np.ndarray  # its last token
     contexts: np.ndarray  # a number for the tokens before that
     own_contexts: np.ndarray  # the same, but different in each stream (or document)
+    keys: Grouped  # by own context and token
     training: TrainingCounts  # of all streams
     known: np.ndarray  # whether training has it
     is_new: np.ndarray  # whether neither training nor its stream (or document) has it up to here
@@ -1124,12 +1108,10 @@ class NgramModel:
             places, contexts, own_contexts = streams.contexts(n, group)
             tokens = streams.tokens[places]
             _, known = find(training[n].keys, ngram_keys(contexts, tokens))
-            is_new = is_first(ngram_keys(own_contexts, tokens)) & ~known
-            found.append(
-                NgramLevel(
-                    n, places, tokens, contexts, own_contexts, training[n], known, is_new, counted[places]
-                )
-            )
+            keys = Grouped(ngram_keys(own_contexts, tokens))
+            is_new = keys.is_first() & ~known
+            numbers = places, tokens, contexts, own_contexts
+            found.append(NgramLevel(n, *numbers, keys, training[n], known, is_new, counted[places]))
             counted = np.ones(len(streams.tokens), bool)
             counted[places] = is_new
         return found[::-1]
@@ -1158,33 +1140,28 @@ class NgramModel:
 
 def interpolate(p, level):
     """Makes p [n_places, V], which is what shorter contexts expect, what the level's contexts expect."""
-    _, places, tokens, contexts, own_contexts, training, known, is_new, counted = level
-    keys = ngram_keys(own_contexts, tokens)
-    (hits,) = sums_before(keys, counted)
-    totals, n_kinds = sums_before(own_contexts, counted, is_new)
-    at, has_context = find(training.contexts, contexts)
-    totals = totals + has_context * training.totals[at]
-    n_kinds = n_kinds + has_context * training.n_kinds[at]
+    places = level.places
+    training = level.training
+    contexts = Grouped(level.own_contexts)
+    at, is_known = find(training.contexts, level.contexts)
+    n_training = is_known * training.n_kinds[at]
+    totals = is_known * training.totals[at] + contexts.sums_before(level.counted)
+    n_kinds = n_training + contexts.sums_before(level.is_new)
     seen = totals > 0
     p[places[seen]] *= (DISCOUNT * n_kinds[seen] / totals[seen])[:, None]
-    totals = np.maximum(totals, 1)
-    for which, entry in ranges(training.starts[at], has_context * training.n_kinds[at]):
+    for which, entry in ranges(training.starts[at], n_training):
         p[places[which], training.tokens[entry]] += (training.hits[entry] - DISCOUNT) / totals[which]
-    # In order of context and then place, each n-gram's own count stays what it is from the place behind it to
-    # its next occurrence, or to the context's last place.
-    order = np.argsort(own_contexts, kind="stable")
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    ends = np.searchsorted(own_contexts[order], own_contexts[order], side="right")[rank]
-    by_key = np.argsort(keys, kind="stable")
-    here = by_key[:-1]
-    following = by_key[1:]
-    again = keys[here] == keys[following]
-    ends[here[again]] = rank[following[again]] + 1
-    hits = hits + counted - DISCOUNT * ~known  # training's part has the discount already
-    for which, at in ranges(rank + 1, ends - rank - 1):
-        later = order[at]
-        p[places[later], tokens[which]] += hits[which] / totals[later]
+    # The same for what the stream (or document) adds. Among the places of a context, an n-gram's own hits
+    # stay the same from the place behind it to its next one.
+    hits = level.keys.sums_before(level.counted) + level.counted
+    ends = contexts.end.copy()
+    here, following = level.keys.next()
+    ends[here] = contexts.rank[following] + 1
+    starts = contexts.rank + 1
+    added = hits - DISCOUNT * ~level.known  # of what training has, the discount is off already
+    for which, rank in ranges(starts, ends - starts):
+        later = contexts.order[rank]
+        p[places[later], level.tokens[which]] += added[which] / totals[later]
 
 
 def training_columns(train_tokens, c):

@@ -197,9 +197,9 @@ def test_a_batch_is_that_of_its_step():
 # ---- look-ups
 
 
-def looked_up_by_a_loop(stream, recall, memory=(), known=(), own=True, grow=False):
+def looked_up_by_a_loop(stream, recall, memory=(), known=(), own=True):
     """[length, 1 + lengths], written as the definition reads. known: the training tokens; own: whether the
-    stream is these themselves; grow: earlier documents of the stream come next."""
+    stream is these themselves."""
     known = np.array(known)
     out = np.full((len(stream), 1 + len(recall) + len(memory)), t.NO_TOKEN)
     out[:, 0] = stream
@@ -217,9 +217,6 @@ def looked_up_by_a_loop(stream, recall, memory=(), known=(), own=True, grow=Fals
                 ends = [j for j in range(n - 1, len(known) - 1) if (known[j - n + 1 : j + 1] == ngram).all()]
                 ends = [j for j in ends if not (own and first <= j < end)]
                 source = known
-                if grow and not ends:
-                    ends = [j for j in range(n - 1, first) if (stream[j - n + 1 : j + 1] == ngram).all()]
-                    source = stream
             if ends:
                 out[i, 1 + k] = source[ends[-1] + 1]
     return out
@@ -246,23 +243,6 @@ def test_look_ups_against_a_loop():
     assert (got[..., 1:6] == t.NO_TOKEN).all()  # a stream of one token
     assert (lookup.inputs(streams)[..., 1:] != t.NO_TOKEN).mean() > 0.3
     assert t.Lookup((), config()).inputs(streams).shape == (2, 150, 1)
-
-
-def test_memory_grows_with_the_stream():
-    """With the documents before, of this stream alone; n-grams that the training tokens have stay theirs."""
-    memory = (1, 3, 4, 6)
-    c = config(memory="1,3,4,6", grow_memory=True)
-    known = three_letters(0, 10, n=20, seed=1)
-    # The second stream begins as the first ends, without a BOS: what it found there would be a leak.
-    first = three_letters(0, 40, 41, 90)
-    streams = np.stack([first, np.concatenate([first[-60:], first[:90]])])
-    got = t.Lookup(known, c).inputs(streams)
-    expected = [looked_up_by_a_loop(row, (), memory, known, own=False, grow=True) for row in streams]
-    assert (got == np.stack(expected)).all()
-    fixed = t.Lookup(known, config(memory="1,3,4,6")).inputs(streams)
-    assert (got != fixed).any() and (got == fixed)[fixed != t.NO_TOKEN].all()
-    in_training = t.Lookup(known, c).training_inputs()
-    assert (in_training == looked_up_by_a_loop(known, (), memory, known)).all()
 
 
 class CountsByALoop:

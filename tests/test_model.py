@@ -27,7 +27,7 @@ from reference import (
 
 pytestmark = pytest.mark.reference
 
-LOOK_UP = dict(recall="1,2", memory="1,2", grow_memory=True)
+LOOK_UP = dict(recall="1,2", memory="1,2")
 
 
 def forward(p, x, c, m, phase, **kwargs):
