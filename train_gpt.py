@@ -12,8 +12,8 @@ Tokenrun: how low can validation loss go on a fixed budget of training tokens?
 A run writes a folder: log.txt (this source, the environment, every step, the result), metrics.jsonl (every
 step), record.json, val_nll.npy and the weights.
 
-This file is what records change: config, schedules, model, objective, optimizer, batches, training, scoring.
-To change the model, see param_table and block; the loss: loss_function; the optimizer: muon_update and
+This file is what records change: config, schedules, model, objective, optimizer, look-ups, n-grams, batches,
+training, scoring. To change the model, see param_table and block; the loss: loss_function; the optimizer: muon_update and
 adamw_update. A step is train_model > train_step > train_pass > forward and objective, then optimizer.step.
 harness.py runs it, and its docstring lists what it calls here. Everywhere, c is the Config, m the harness's
 Machine, run its Run (folder, log, progress), and p the weights, a dict of tensors by name.
@@ -868,7 +868,7 @@ def compiled_muon_update():
     return update
 
 
-# ---- batches, and the look-ups that stand beside each token ------------------------------------------------
+# ---- look-ups: what followed the same n-gram before --------------------------------------------------------
 
 
 class Grouped:
@@ -1019,6 +1019,9 @@ class Lookup:
             found = (match >= 0) & (known[match] == ngram) & (streams.offset >= n - 1)
             column[found] = self.train_tokens[places[match[found]] + 1]
         return columns.T.reshape(*ids.shape, -1)
+
+
+# ---- n-grams: what counts alone say, as part of the logits -------------------------------------------------
 
 
 DISCOUNT = 0.8  # taken off each count and given to the next shorter context; tuned on prose and pocket
@@ -1173,6 +1176,9 @@ def training_columns(train_tokens, c):
         model = NgramModel(train_tokens[fold != k], c)
         columns[fold == k] = model.columns(train_tokens[fold == k][None])[0]
     return columns
+
+
+# ---- batches -----------------------------------------------------------------------------------------------
 
 
 class Loader:
