@@ -13,10 +13,10 @@ A run writes a folder: log.txt (this source, the environment, every step, the re
 step), record.json, val_nll.npy and the weights.
 
 This file is what records change: config, schedules, model, objective, optimizer, look-ups, n-grams, batches,
-training, scoring. To change the model, see param_table and block; the loss: loss_function; the optimizer: muon_update and
-adamw_update. A step is train_model > train_step > train_pass > forward and objective, then optimizer.step.
-harness.py runs it, and its docstring lists what it calls here. Everywhere, c is the Config, m the harness's
-Machine, run its Run (folder, log, progress), and p the weights, a dict of tensors by name.
+training, scoring. To change the model, see param_table and block; the loss: loss_function; the optimizer:
+muon_update and adamw_update. A step is train_model > train_step > train_pass > forward and objective, then
+optimizer.step. harness.py runs it, and its docstring lists what it calls here. Everywhere, c is the Config, m
+the harness's Machine, run its Run (folder, log, progress), and p the weights, a dict of tensors by name.
 """
 
 import harness  # isort: skip  # first, because it starts the track's clock and sets up OpenMP for torch
