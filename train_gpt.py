@@ -21,7 +21,6 @@ the harness's Machine, run its Run (folder, log, progress), and p the weights, a
 
 import harness  # isort: skip  # first, because it starts the track's clock and sets up OpenMP for torch
 
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -197,7 +196,7 @@ NO_TOKEN = 65535  # where a look-up finds nothing; no token has this id
 
 
 def lengths(text):
-    """The n-gram lengths in c.recall, c.memory or c.ngrams."""
+    """The lengths in c.recall and c.memory, or those of contexts in c.ngrams."""
     return [int(n) for n in text.split(",") if n]
 
 
@@ -207,8 +206,8 @@ def n_lookups(c):
 
 
 def n_inputs(c):
-    """How many numbers are each token's input: itself, its look-ups, and with c.ngrams a column for every
-    token that may come next (NgramModel)."""
+    """How many numbers are each token's input: itself, its look-ups, and with c.ngrams the -log p of
+    every token that may come next (NgramModel.nll)."""
     return 1 + n_lookups(c) + (c.vocab_size if c.ngrams else 0)
 
 
@@ -234,6 +233,8 @@ def check_recipe(c):
     for name in ("recall", "memory", "ngrams"):
         well_formed = re.fullmatch(r"([1-9]\d{0,3}(,[1-9]\d{0,3}){0,99})?", getattr(c, name))
         require(well_formed, f"{given(name)}: write up to 100 lengths with commas between, such as 4,8,16")
+        different = len(set(lengths(getattr(c, name)))) == len(lengths(getattr(c, name)))
+        require(different, f"{given(name)}: choose different lengths")
     fit = max([0, *lengths(c.ngrams)]) < c.train_tokens
     require(fit, f"{given('ngrams', 'train_tokens')}: choose lengths below the number of tokens")
     small = not c.ngrams or c.vocab_size <= 1024
@@ -328,7 +329,7 @@ def attention_init(bound):
 
 def param_table(c):
     """Name -> Param of every parameter, in the order in which their first values are drawn from the seed.
-    Starts are nanochat's and the NanoGPT Slowrun's: layers rescale x0, the first loss is ln(vocab_size)."""
+    Starts are those of nanochat and Slowrun: layers rescale x0, and the head gives logits near zero."""
     L = c.n_layer
     V = c.vocab_size
     D = c.n_embd
@@ -609,40 +610,40 @@ def head_logits(h, head, c):
     return c.softcap * torch.tanh(logits / c.softcap)
 
 
-class Output(NamedTuple):
-    """What the logits of N tokens are made from, or their gradients."""
+class LogitParts(NamedTuple):
+    """What the logits of N tokens are made from; or the gradients of these parts."""
 
-    h: torch.Tensor  # [N, D]
+    h: torch.Tensor  # [N, D], hidden states
     head: torch.Tensor  # a padded_head()
     # With c.ngrams:
     gate: torch.Tensor | None = None  # [N, 1] float32, how much the n-gram model counts
-    columns: torch.Tensor | None = None  # [N, V], see NgramModel.columns
+    ngram_nll: torch.Tensor | None = None  # [N, V], its -log p in units of 1 / UNITS_PER_NAT nats
 
     def chunk(self, part):
-        gate, columns = (None if x is None else x[part] for x in (self.gate, self.columns))
-        return Output(self.h[part], self.head, gate, columns)
+        gate, ngram_nll = (None if x is None else x[part] for x in (self.gate, self.ngram_nll))
+        return LogitParts(self.h[part], self.head, gate, ngram_nll)
 
     def detach(self):
-        return Output(*(None if x is None else x.detach() for x in self))
+        return LogitParts(*(None if x is None else x.detach() for x in self))
 
 
-def make_output(p, h, inputs, c, m, bag_size=1):
-    """The Output of hidden states h [N, D], and of the inputs [B, T * bag_size, n_inputs(c)] behind them."""
+def logit_parts(p, h, inputs, c, m, bag_size=1):
+    """The LogitParts of hidden states h [N, D] of inputs [B, T * bag_size, n_inputs(c)]."""
     head = padded_head(p["lm_head"], h.dtype)
     if not c.ngrams:
-        return Output(h, head)
+        return LogitParts(h, head)
+    # 0.25 is the n-grams' best share in a mean of probabilities; from there the gate is learned.
     gate = 0.25 + F.linear(h, p["ngram_gate"].to(h.dtype)).float()
-    of_last = inputs[:, bag_size - 1 :: bag_size, -c.vocab_size :]  # of each bag's last token
-    return Output(h, head, gate, to_device(of_last, m).flatten(0, 1))
+    of_last = inputs[:, bag_size - 1 :: bag_size, -c.vocab_size :]  # [B, T, V], of each bag's last token
+    return LogitParts(h, head, gate, to_device(of_last, m).flatten(0, 1))
 
 
-def output_logits(output, c):
-    """Float32 logits [N, V]: the network's, plus the gate times the log-probabilities of the n-gram model (as
-    in 2210.14431)."""
-    logits = head_logits(output.h, output.head, c)
-    if output.columns is None:
+def make_logits(parts, c):
+    """Float32 logits [N, V]: the network's, plus the gate times the n-gram model's log p (2210.14431)."""
+    logits = head_logits(parts.h, parts.head, c)
+    if parts.gate is None:
         return logits
-    return logits - output.gate * (output.columns.float() / NGRAM_UNIT)
+    return logits - parts.gate * (parts.ngram_nll.float() / UNITS_PER_NAT)
 
 
 def loss_function(logits, targets, c, teacher_logits=None):
@@ -667,36 +668,37 @@ def loss_function(logits, targets, c, teacher_logits=None):
     return (1 - alpha) * ce + alpha * temp**2 * kl, {"loss": ce, "kl": kl}
 
 
-def chunk_grad(output, targets, scale, c, teacher_output=None):
-    """((gradients of h, head and gate), logged sums) of scale * loss_function for a chunk of an Output."""
+def chunk_grad(parts, targets, scale, c, teacher_parts=None):
+    """(the gradients of h, head and, where there is one, gate; logged sums) of scale * loss_function for a
+    chunk of LogitParts. The logged sums are not scaled."""
 
     def scaled_loss(h, head, gate):
-        teacher_logits = output_logits(teacher_output, c) if teacher_output else None
-        logits = output_logits(Output(h, head, gate, output.columns), c)
+        teacher_logits = None if teacher_parts is None else make_logits(teacher_parts, c)
+        logits = make_logits(LogitParts(h, head, gate, parts.ngram_nll), c)
         loss, logged = loss_function(logits, targets, c, teacher_logits)
         return scale * loss, logged
 
-    argnums = (0, 1) if output.gate is None else (0, 1, 2)
-    return torch.func.grad(scaled_loss, argnums, has_aux=True)(output.h, output.head, output.gate)
+    argnums = (0, 1) if parts.gate is None else (0, 1, 2)
+    return torch.func.grad(scaled_loss, argnums, has_aux=True)(parts.h, parts.head, parts.gate)
 
 
-def objective(output, targets, scale, c, m, teacher_output=None):
-    """(the gradient of an Output, its head's in float32; logged sums) of scale * loss, chunk by chunk: never
-    all logits at once. targets [N, K]; scale: a tensor, for torch.compile would recompile for every new
-    number; teacher_output: the Output of the model to learn from."""
-    grad_h = torch.empty_like(output.h)
-    grad_head = torch.zeros_like(output.head, dtype=torch.float32)
-    grad_gates = []
+def objective(parts, targets, scale, c, m, teacher_parts=None):
+    """(the gradients of LogitParts, the head's in float32; logged sums) of scale * loss_function, chunk by
+    chunk: never all logits at once. targets [N, K]; scale: a tensor, because torch.compile recompiles for
+    each new Python number; teacher_parts: those of the model to learn from."""
+    grad_h = torch.empty_like(parts.h)
+    grad_head = torch.zeros_like(parts.head, dtype=torch.float32)
+    grad_gates = []  # of each chunk; none without c.ngrams
     logged = {}
     for i in range(0, len(targets), c.loss_chunk):
         part = slice(i, i + c.loss_chunk)
-        teacher_chunk = teacher_output.chunk(part) if teacher_output else None
-        grads, sums = m.functions.chunk_grad(output.chunk(part), targets[part], scale, c, teacher_chunk)
+        teacher_chunk = None if teacher_parts is None else teacher_parts.chunk(part)
+        grads, sums = m.functions.chunk_grad(parts.chunk(part), targets[part], scale, c, teacher_chunk)
         grad_h[part] = grads[0]
         grad_head += grads[1]
-        grad_gates += grads[2:]
+        grad_gates.extend(grads[2:])
         logged = {name: logged.get(name, 0.0) + value for name, value in sums.items()}
-    return Output(grad_h, grad_head, torch.cat(grad_gates) if grad_gates else None), logged
+    return LogitParts(grad_h, grad_head, torch.cat(grad_gates) if grad_gates else None), logged
 
 
 # ---- optimizer ---------------------------------------------------------------------------------------------
@@ -871,126 +873,130 @@ def compiled_muon_update():
 # ---- look-ups: what followed the same n-gram before --------------------------------------------------------
 
 
-class Grouped:
-    """Places in groups: those with the same number, in order."""
+class GroupIndex:
+    """Groups places that have equal values. In `order` the places of a group are side by side, and in their
+    own order: the values 7 5 7 7 5 give order 1 4 0 2 3, slot 2 0 3 4 1, start 2 0 2 2 0, end 5 2 5 5 2."""
 
-    def __init__(self, numbers):
-        n = np.arange(len(numbers))
-        self.order = np.argsort(numbers, kind="stable")  # the places, group by group
-        self.rank = np.empty(len(numbers), np.int64)  # of each place in that order
-        self.rank[self.order] = n
-        numbers = numbers[self.order]
-        begins = np.append(True, numbers[1:] != numbers[:-1])[: len(n)]
-        self.begin = np.maximum.accumulate(np.where(begins, n, 0))[self.rank]  # the rank of its group's first
-        ends = np.append(begins[1:], True)[: len(n)]
-        self.end = np.minimum.accumulate(np.where(ends, n + 1, len(n))[::-1])[::-1][self.rank]
+    def __init__(self, values):
+        n = len(values)
+        self.order = np.argsort(values, kind="stable")
+        self.slot = np.empty(n, np.int64)  # each place's index in order
+        self.slot[self.order] = np.arange(n)
+        values = values[self.order]
+        starts = np.flatnonzero(np.append(True, values[1:] != values[:-1])[:n])
+        ends = np.append(starts, n)[1:]
+        self.start = np.repeat(starts, ends - starts)[self.slot]  # the first slot of each place's group
+        self.end = np.repeat(ends, ends - starts)[self.slot]  # the slot behind its last
 
     def is_first(self):
         """Whether each place is the first of its group."""
-        return self.rank == self.begin
+        return self.slot == self.start
 
     def sums_before(self, values):
         """For each place, the sum of these values over the places before it in its group."""
         sums = np.append(0, np.cumsum(values[self.order], dtype=np.int64))
-        return sums[self.rank] - sums[self.begin]
+        return sums[self.slot] - sums[self.start]
 
-    def next(self):
-        """(the places that another of their group follows, the next one of each)."""
-        has_next = np.flatnonzero(self.rank + 1 < self.end)
-        return has_next, self.order[self.rank[has_next] + 1]
-
-
-class Streams:
-    """Independent streams of ids [n_streams, length], laid end to end, and what look-ups need of them."""
-
-    def __init__(self, streams, bos_id):
-        self.tokens = streams.reshape(-1)
-        self.length = streams.shape[1]
-        starts = self.tokens == bos_id
-        starts[:: self.length] = True
-        place = np.arange(len(self.tokens))
-        self.stream = (place // self.length).astype(np.uint64)  # each token's stream
-        self.document = np.cumsum(starts, dtype=np.uint64)  # each token's document
-        begins = np.maximum.accumulate(np.where(starts, place, 0))
-        self.offset = place - begins  # each token's position in its document
-        # A running sum of each token's random code times inverse powers of an odd number, modulo 2**64. An
-        # n-gram's hash is the difference of two such sums, times the power that cancels its position.
-        base = 0x9E3779B97F4A7C15
-        codes = np.random.default_rng(0).integers(0, 2**64, NO_TOKEN + 1, dtype=np.uint64)
-        self.power = np.cumprod(np.full(len(place), base, dtype=np.uint64))
-        inverse_power = np.cumprod(np.full(len(place), pow(base, -1, 2**64), dtype=np.uint64))
-        self.running_sum = np.cumsum(codes[self.tokens] * inverse_power)
-
-    def ngrams(self, n):
-        """A hash, uint64, of the n-gram that ends at each token i: the sum of code[j] * base**(i - j) over
-        its n tokens j. Equal n-grams have equal hashes anywhere."""
-        before = np.zeros_like(self.running_sum)
-        before[n:] = self.running_sum[:-n]
-        return (self.running_sum - before) * self.power
-
-    def contexts(self, n, group):
-        """(the places of all tokens that have n tokens before them in their stream; for each, a number of 48
-        bits for these n; the same, but different in each group of places: group has its number)."""
-        place = np.arange(len(self.tokens))
-        places = place[place % self.length >= n]
-        contexts = self.ngrams(n)[places - 1]
-        return places, contexts >> 16, (contexts + group[places] * GROUP_CODE) >> 16
+    def neighbors(self):
+        """(places that are not the last of their group, the next place of each's group)."""
+        earlier = np.flatnonzero(self.slot + 1 < self.end)
+        return earlier, self.order[self.slot[earlier] + 1]
 
 
 # A stream's or document's number times this is added to hashes, which then match only within it.
 GROUP_CODE = np.uint64(0xD6E8FEB86659FD93)
 
 
-def run_starts(ngram, document):
-    """For n-grams in sorted order, where each one's run of equal n-grams in one document begins."""
-    begins = np.append(True, (ngram[1:] != ngram[:-1]) | (document[1:] != document[:-1]))
-    return np.maximum.accumulate(np.where(begins, np.arange(len(ngram)), 0))
+class Streams:
+    """Independent streams of ids [n_streams, length], laid end to end, and what look-ups need of them. Each
+    may hold many documents. A place is an index into all of it."""
+
+    def __init__(self, streams, bos_id):
+        self.tokens = streams.reshape(-1)
+        self.length = streams.shape[1]
+        place = np.arange(len(self.tokens))
+        is_start = (self.tokens == bos_id) | (place % self.length == 0)
+        self.stream = (place // self.length).astype(np.uint64)  # each token's stream
+        self.document = np.cumsum(is_start, dtype=np.uint64)  # each token's document
+        self.offset = place - np.maximum.accumulate(np.where(is_start, place, 0))  # its position in that
+        random = np.random.default_rng(0)
+        self.codes = random.integers(0, 2**64, NO_TOKEN + 1, dtype=np.uint64)[self.tokens]
+
+    def ngrams(self, n):
+        """A hash, uint64, of the n tokens that end at each place. It knows no boundaries of documents and
+        streams; callers leave out what crosses one."""
+        hashes = np.zeros_like(self.codes)
+        for back in reversed(range(min(n, len(hashes)))):
+            hashes *= np.uint64(0x9E3779B97F4A7C15)
+            hashes[back:] += self.codes[: len(hashes) - back]
+        return hashes
+
+
+class MemoryIndex:
+    """Where each n-gram of one length is in the training tokens, sorted by n-gram and then by place."""
+
+    def __init__(self, streams, n):
+        # Nothing follows the last token. N-grams across a document's boundary are indexed, too, but hold a
+        # BOS past their first token; Lookup drops such queries by their offset.
+        ngrams = streams.ngrams(n)[:-1]
+        self.places = np.argsort(ngrams, kind="stable")
+        self.ngrams = ngrams[self.places]
+        self.document = streams.document[self.places]
+        # Where the run of equal n-grams in one document starts.
+        same = (self.ngrams[1:] == self.ngrams[:-1]) & (self.document[1:] == self.document[:-1])
+        is_start = np.append(True, ~same)
+        self.run_start = np.maximum.accumulate(np.where(is_start, np.arange(len(is_start)), 0))
+
+    def last_places(self, ngrams, own_document=None):
+        """The place where each n-gram occurs last, outside of its own document if given; -1: nowhere."""
+        by_value = np.argsort(ngrams)  # sorted queries are several times as fast
+        at = np.empty(len(ngrams), np.int64)
+        at[by_value] = np.searchsorted(self.ngrams, ngrams[by_value], side="right") - 1
+        if own_document is not None:
+            # The entry before the document's run may be of another n-gram, and is then no match.
+            at = np.where(self.document[at] == own_document, self.run_start[at] - 1, at)
+        return np.where((at >= 0) & (self.ngrams[at] == ngrams), self.places[at], -1)
 
 
 class Lookup:
-    """Makes the model's inputs: each token, and beside it, for each length n of c.recall, the token that
-    followed the last occurrence in the same document of the n tokens that end here; for each of c.memory the
-    same from the training documents. Training tokens skip matches in their own document: a new text's own is
-    never in memory, and a model that had seen such matches would trust memory too much. NO_TOKEN where there
-    is no occurrence. Hard-wired induction (2401.12973) and retrieval (2112.04426): exact, without attention,
-    as far back as the document goes, and never ahead in it. With c.ngrams, NgramModel.columns come last."""
+    """Makes the model's inputs, for each token:
+
+    - the token itself;
+    - for each length n of c.recall, the token that followed the last occurrence in the same document of the
+      n tokens that end here: hard-wired induction (2401.12973), as far back as the document goes;
+    - for each length of c.memory, the same from the training documents (retrieval, 2112.04426). A training
+      token skips its own document: a new text is never in memory, and a model that had seen itself there
+      would trust memory too much;
+    - with c.ngrams, what an NgramModel expects next.
+
+    NO_TOKEN stands where there is no occurrence. All of it is exact, and nothing looks ahead."""
 
     def __init__(self, train_tokens, c):
         """train_tokens: [n] of the budget; in scoring, c.memory and c.ngrams need them."""
         self.train_tokens = train_tokens
         self.c = c
-        self.index = []  # for each length of c.memory: (places, n-grams, documents, run starts), by n-gram
+        if c.memory:
+            streams = Streams(train_tokens[None], c.bos_id)
+            self.memory = {n: MemoryIndex(streams, n) for n in lengths(c.memory)}
         if c.ngrams:
             self.ngram_model = NgramModel(train_tokens, c)
-        if not c.memory:
-            return
-        streams = Streams(train_tokens[None], c.bos_id)
-        for n in lengths(c.memory):
-            # Nothing follows the last token. N-grams across a document's boundary are indexed, too, but hold
-            # a BOS past their first token; inputs() drops such queries by their offset.
-            ngram = streams.ngrams(n)[:-1]
-            order = np.argsort(ngram, kind="stable")
-            ngram = ngram[order]
-            document = streams.document[order]
-            self.index.append((order, ngram, document, run_starts(ngram, document)))
 
     def training_inputs(self):
         """Inputs for the training tokens, as one stream: uint16 [n, n_inputs(c)]."""
         inputs = self.looked_up(self.train_tokens[None], in_training=True)[0]
         if not self.c.ngrams:
             return inputs
-        return np.append(inputs, training_columns(self.train_tokens, self.c), axis=1)
+        return np.append(inputs, training_ngram_nll(self.train_tokens, self.c), axis=1)
 
     def inputs(self, ids, hide_own=False):
         """Inputs for streams of ids [n_streams, length]: uint16 [n_streams, length, n_inputs(c)]. hide_own:
-        as if no n-gram of a stream occurred in it before."""
-        c = self.c
+        as if no n-gram of a stream had occurred in it before."""
         inputs = self.looked_up(ids)
         if hide_own:
-            inputs[..., 1 : 1 + len(lengths(c.recall))] = NO_TOKEN
-        if not c.ngrams:
+            inputs[..., 1 : 1 + len(lengths(self.c.recall))] = NO_TOKEN
+        if not self.c.ngrams:
             return inputs
-        return np.append(inputs, self.ngram_model.columns(ids, hide_own), axis=2)
+        return np.append(inputs, self.ngram_model.nll(ids, hide_own), axis=2)
 
     def looked_up(self, ids, in_training=False):
         """Each token and its look-ups: uint16 [n_streams, length, 1 + n_lookups(c)]."""
@@ -998,184 +1004,189 @@ class Lookup:
         if n_lookups(c) == 0:
             return ids[..., None]
         streams = Streams(ids, c.bos_id)
-        columns = np.full((1 + n_lookups(c), ids.size), NO_TOKEN, dtype=np.uint16)
-        columns[0] = streams.tokens
-        recall = lengths(c.recall)
-        for column, n in zip(columns[1:], recall, strict=False):
-            before, here = Grouped(streams.ngrams(n) + streams.document * GROUP_CODE).next()
-            whole = streams.offset[before] >= n - 1
-            column[here[whole]] = streams.tokens[before[whole] + 1]
-        memory = zip(columns[1 + len(recall) :], lengths(c.memory), self.index, strict=True)
-        for column, n, (places, known, document, run_start) in memory:
-            ngram = streams.ngrams(n)
-            by_value = np.argsort(ngram)  # sorted queries are several times as fast
-            match = np.empty(ids.size, np.int64)
-            match[by_value] = np.searchsorted(known, ngram[by_value], side="right") - 1
-            if in_training:
-                # Where the last match is in this very document, take the entry before the document's run; it
-                # may be of another n-gram and is then no match.
-                own = document[match] == streams.document
-                match = np.where(own, run_start[match] - 1, match)
-            found = (match >= 0) & (known[match] == ngram) & (streams.offset >= n - 1)
-            column[found] = self.train_tokens[places[match[found]] + 1]
-        return columns.T.reshape(*ids.shape, -1)
+        recalled = []
+        for n in lengths(c.recall):
+            column = np.full(ids.size, NO_TOKEN, np.uint16)
+            earlier, later = GroupIndex(streams.ngrams(n) + streams.document * GROUP_CODE).neighbors()
+            whole = streams.offset[earlier] >= n - 1  # all n tokens are in the document
+            column[later[whole]] = streams.tokens[earlier[whole] + 1]
+            recalled.append(column)
+        remembered = []
+        for n in lengths(c.memory):
+            column = np.full(ids.size, NO_TOKEN, np.uint16)
+            last = self.memory[n].last_places(streams.ngrams(n), streams.document if in_training else None)
+            found = (last >= 0) & (streams.offset >= n - 1)
+            column[found] = self.train_tokens[last[found] + 1]
+            remembered.append(column)
+        return np.stack([streams.tokens, *recalled, *remembered], axis=-1).reshape(*ids.shape, -1)
 
 
-# ---- n-grams: what counts alone say, as part of the logits -------------------------------------------------
+# ---- n-grams: a model of counts, which is added to the logits ----------------------------------------------
 
 
-DISCOUNT = 0.8  # taken off each count and given to the next shorter context; tuned on prose and pocket
-NGRAM_UNIT = 4096  # n-gram columns hold -log p in units of 1 / 4096 nats
-FOLDS = 10  # for each tenth of the training documents, n-grams are counted in the others
-
-
-def find(known, query):
-    """(where the sorted `known` has each element of a query, or any place; whether it has it)."""
-    at = np.searchsorted(known, query).clip(max=len(known) - 1)
-    return at, known[at] == query
-
-
-def ranges(starts, lengths, at_once=1 << 22):
-    """Yields (which, number): each i lengths[i] times, beside the lengths[i] numbers from starts[i] on. In
-    pieces, for together they may not fit into memory."""
-    ends = np.cumsum(lengths)
-    pieces = np.searchsorted(ends, np.arange(0, lengths.sum(), at_once), side="right")
-    for first, last in itertools.pairwise([*pieces, len(starts)]):
-        n = lengths[first:last]
-        which = np.repeat(np.arange(first, last), n)
-        begins = np.repeat(np.cumsum(n) - n, n)
-        yield which, starts[which] + np.arange(len(which)) - begins
-
-
-def ngram_keys(contexts, tokens):
-    """A number for each n-gram: that of its context, then its last token. So sorted keys are grouped by
-    context."""
-    return contexts << 16 | tokens.astype(np.uint64)
-
-
-class TrainingCounts:
-    """How often each token follows each context of one length in the training tokens."""
-
-    def __init__(self, keys=(), counted=()):
-        """keys: of the n-grams at all places. counted: whether the one at this place counts."""
-        keys = np.append(np.array(keys, np.uint64), np.uint64(2**64 - 1))  # the last is of no n-gram
-        self.keys, of_key = np.unique(keys, return_inverse=True)
-        self.tokens = (self.keys & 0xFFFF).astype(np.int64)
-        self.hits = np.bincount(of_key, np.append(counted, 0))
-        self.contexts, self.starts = np.unique(self.keys >> 16, return_index=True)
-        self.totals = np.add.reduceat(self.hits, self.starts)
-        self.n_kinds = np.diff(self.starts, append=len(self.keys))
-
-
-class NgramLevel(NamedTuple):
-    """The n-grams of one context length at all places of some streams that have one: arrays, all alike."""
-
-    n: int  # tokens of context
-    places: np.ndarray  # of its last token
-    tokens: np.ndarray  # its last token
-    contexts: np.ndarray  # a number for the tokens before that
-    own_contexts: np.ndarray  # the same, but different in each stream (or document)
-    keys: Grouped  # by own context and token
-    training: TrainingCounts  # of all streams
-    known: np.ndarray  # whether training has it
-    is_new: np.ndarray  # whether neither training nor its stream (or document) has it up to here
-    counted: np.ndarray  # whether it counts here
+DISCOUNT = 0.8  # D below; tuned on prose and pocket
+UNITS_PER_NAT = 4096  # inputs are whole numbers, so -log p is in units of 1 / 4096 nats there
+FOLDS = 10  # every tenth training document gets what the counts of the others expect
 
 
 class NgramModel:
-    """What follows a context, by counts alone: Kneser and Ney's model (1995) with one discount, interpolated
-    from the shortest length of c.ngrams to the longest. Each length comes twice: with the counts of the
-    training tokens and the stream so far, and with those of the token's document alone. Below the longest
-    length, a context counts a token only where the next longer context meets it for the first time.
+    """Expects the next token by counts alone, after Kneser and Ney (1995), interpolated from the shortest
+    context of c.ngrams to the longest:
 
-    Its log-probabilities are part of the logits in training, too (head_logits), so the network only learns
-    what they lack, and where to trust them. A training token's must not come from its own occurrence, so each
-    tenth of the documents gets those of a model of the others (cross-fitting)."""
+        p_n(token) = (max(hits - D, 0) + D * n_kinds * p_shorter(token)) / total
+
+    hits is how often the token followed these n tokens, total the sum over all tokens, n_kinds how many
+    different ones there were. What the discount D takes off goes to the next shorter context. The longest
+    context counts every occurrence. A shorter one counts a token only where the next longer context had not
+    met it, for from then on the longer one answers.
+
+    Each length comes twice: first with the counts of the training tokens and the stream so far, then with
+    those of the document so far.
+
+    The network gets log p as part of its logits (2210.14431), in training, too. So it learns only what the
+    counts lack, and where to trust them."""
 
     def __init__(self, train_tokens, c):
         self.c = c
-        self.training = {}
-        if len(train_tokens) == 0:
-            train_tokens = np.array([c.bos_id])
         streams = Streams(train_tokens[None], c.bos_id)
-        for level in self.levels(streams, streams.stream, collections.defaultdict(TrainingCounts)):
-            keys = ngram_keys(level.contexts, level.tokens)
-            self.training[level.n] = TrainingCounts(keys, level.counted)
+        self.training = {}  # for each length, the counts of the training tokens
+        for level in self.levels(streams, streams.stream):
+            self.training[level.n] = NgramCounts(level.keys, level.counted)
 
-    def levels(self, streams, group, training):
-        """The NgramLevels, from the shortest n-grams to the longest. group: the number of each place's stream
-        or document. training: the TrainingCounts of each length."""
+    def nll(self, ids, hide_own=False):
+        """-log p in units of 1 / UNITS_PER_NAT nats, uint16 [n_streams, length, V], of every token that may
+        follow each token of independent streams of ids [n_streams, length]. hide_own: without their own
+        counts."""
+        V = self.c.vocab_size
+        # What may follow a stream's last token is expected at one more place.
+        streams = Streams(np.pad(ids, ((0, 0), (0, 1))), self.c.bos_id)
+        stream = streams.stream
+        document = np.roll(streams.document, 1)  # the token before's, which a BOS ends
+        if hide_own:  # each place is a stream of its own, in which no context was met before
+            stream = document = np.arange(len(stream), dtype=np.uint64)
+        p = np.full((len(stream), V), 1 / V, np.float32)
+        in_streams = self.levels(streams, stream, self.training)
+        for in_stream, in_document in zip(in_streams, self.levels(streams, document), strict=True):
+            interpolate(p, in_stream)
+            interpolate(p, in_document)
+        nll = -np.log(np.maximum(p, 1e-6)) * UNITS_PER_NAT
+        return nll.astype(np.uint16).reshape(len(ids), -1, V)[:, 1:]
+
+    def levels(self, streams, group, training=None):
+        """An NgramLevel for each length of context, the shortest first. group: the number of the stream or
+        document that each place belongs to. training: NgramCounts by length, if these count, too."""
         found = []
         counted = np.ones(len(streams.tokens), bool)
-        for n in sorted(lengths(self.c.ngrams), reverse=True):
-            places, contexts, own_contexts = streams.contexts(n, group)
-            tokens = streams.tokens[places]
-            _, known = find(training[n].keys, ngram_keys(contexts, tokens))
-            keys = Grouped(ngram_keys(own_contexts, tokens))
-            is_new = keys.is_first() & ~known
-            numbers = places, tokens, contexts, own_contexts
-            found.append(NgramLevel(n, *numbers, keys, training[n], known, is_new, counted[places]))
+        for n in sorted(lengths(self.c.ngrams), reverse=True):  # whether a longer context is new comes first
+            places = np.flatnonzero(np.arange(len(streams.tokens)) % streams.length >= n)
+            contexts = streams.ngrams(n)[places - 1]
+            tokens = streams.tokens[places].astype(np.uint64)
+            keys = ngram_keys(contexts, tokens)
+            own_keys = ngram_keys(contexts + group[places] * GROUP_CODE, tokens)
+            by_key = GroupIndex(own_keys)
+            counts = training[n] if training else NgramCounts()
+            _, in_training = find(counts.keys, keys)
+            is_new = by_key.is_first() & ~in_training
+            flags = in_training, is_new, counted[places]
+            found.append(NgramLevel(n, places, keys, own_keys >> 16, by_key, counts, *flags))
             counted = np.ones(len(streams.tokens), bool)
             counted[places] = is_new
         return found[::-1]
 
-    def columns(self, ids, hide_own=False):
-        """-log p, in units of 1 / NGRAM_UNIT nats, of every token that may follow each of independent streams
-        of ids [n_streams, length]: uint16 [n_streams, length, V]. hide_own: without counts of the streams."""
-        V = self.c.vocab_size
-        # One more place at the end of each stream, for what follows its last token.
-        streams = Streams(np.pad(ids, ((0, 0), (0, 1))), self.c.bos_id)
-        nothing = collections.defaultdict(TrainingCounts)
-        if hide_own:
-            # Each place is a stream of its own, so no context has occurred in it before.
-            levels = self.levels(streams, np.arange(len(streams.tokens), dtype=np.uint64), self.training)
-        else:
-            of_stream = self.levels(streams, streams.stream, self.training)
-            # A BOS is the last token of the document that it ends.
-            of_document = self.levels(streams, np.roll(streams.document, 1), nothing)
-            levels = [level for pair in zip(of_stream, of_document, strict=True) for level in pair]
-        p = np.full((len(streams.tokens), V), 1 / V, np.float32)
-        for level in levels:
-            interpolate(p, level)
-        columns = (-np.log(np.maximum(p, 1e-6)) * NGRAM_UNIT).astype(np.uint16)
-        return columns.reshape(len(ids), -1, V)[:, 1:]
+
+def ngram_keys(contexts, tokens):
+    """A number for each context and the token behind it: 48 bits of the context's hash, 16 of the token. In
+    sorted order the keys of a context are side by side, and key >> 16 is the context."""
+    return contexts >> 16 << 16 | tokens
+
+
+class NgramCounts:
+    """How often each token follows each context of one length in the training tokens."""
+
+    def __init__(self, keys=(), counted=()):
+        """keys: of all places. counted: whether they count."""
+        # The last key is of no n-gram: there is always one to find.
+        keys = np.append(np.array(keys, np.uint64), np.uint64(2**64 - 1))
+        # For each key:
+        self.keys, of_key = np.unique(keys, return_inverse=True)
+        self.tokens = (self.keys & 0xFFFF).astype(np.int64)
+        self.hits = np.bincount(of_key, np.append(counted, 0))
+        # For each context:
+        self.contexts, self.starts = np.unique(self.keys >> 16, return_index=True)  # its first key
+        self.n_kinds = np.diff(self.starts, append=len(self.keys))  # the number of its keys
+        self.totals = np.add.reduceat(self.hits, self.starts)
+
+
+class NgramLevel(NamedTuple):
+    """One length of context, at all places that have so many tokens before them in their stream: parallel
+    arrays of what is expected there, and whether it counts afterwards."""
+
+    n: int
+    places: np.ndarray
+    keys: np.ndarray  # of the context and the token at the place
+    own_contexts: np.ndarray  # of the context, but different in each stream (or document)
+    by_key: GroupIndex  # of places with equal keys in one stream (or document)
+    training: NgramCounts
+    in_training: np.ndarray  # whether training has the key
+    is_new: np.ndarray  # neither training nor the stream (or document) has had it before
+    counted: np.ndarray  # the next longer context's is_new; all, where there is none
 
 
 def interpolate(p, level):
-    """Makes p [n_places, V], which is what shorter contexts expect, what the level's contexts expect."""
+    """Turns p [n_places, V], in place, from what shorter contexts expect into what those of the level do."""
     places = level.places
     training = level.training
-    contexts = Grouped(level.own_contexts)
-    at, is_known = find(training.contexts, level.contexts)
-    n_training = is_known * training.n_kinds[at]
-    totals = is_known * training.totals[at] + contexts.sums_before(level.counted)
-    n_kinds = n_training + contexts.sums_before(level.is_new)
-    seen = totals > 0
-    p[places[seen]] *= (DISCOUNT * n_kinds[seen] / totals[seen])[:, None]
-    for which, entry in ranges(training.starts[at], n_training):
-        p[places[which], training.tokens[entry]] += (training.hits[entry] - DISCOUNT) / totals[which]
-    # The same for what the stream (or document) adds. Among the places of a context, an n-gram's own hits
-    # stay the same from the place behind it to its next one.
-    hits = level.keys.sums_before(level.counted) + level.counted
-    ends = contexts.end.copy()
-    here, following = level.keys.next()
-    ends[here] = contexts.rank[following] + 1
-    starts = contexts.rank + 1
-    added = hits - DISCOUNT * ~level.known  # of what training has, the discount is off already
-    for which, rank in ranges(starts, ends - starts):
-        later = contexts.order[rank]
-        p[places[later], level.tokens[which]] += added[which] / totals[later]
+    by_context = GroupIndex(level.own_contexts)
+    entry, is_known = find(training.contexts, level.keys >> 16)
+    n_training = is_known * training.n_kinds[entry]
+    n_kinds = n_training + by_context.sums_before(level.is_new)
+    total = is_known * training.totals[entry] + by_context.sums_before(level.counted)
+    # First the shorter contexts' share.
+    seen = total > 0
+    p[places[seen]] *= (DISCOUNT * n_kinds[seen] / total[seen])[:, None]
+    # Then hits - D of every token that followed in training. No hits are below 1: a first time always counts.
+    for i, key in ranges(training.starts[entry], n_training):
+        p[places[i], training.tokens[key]] += (training.hits[key] - DISCOUNT) / total[i]
+    # Then the hits of the stream (or document). A token's hits change after each of its places; the next one
+    # still expects it by the old ones. D is off already where training has the token.
+    tokens = (level.keys & 0xFFFF).astype(np.int64)
+    hits = level.by_key.sums_before(level.counted) + level.counted - DISCOUNT * ~level.in_training
+    start = by_context.slot + 1
+    end = by_context.end.copy()
+    earlier, later = level.by_key.neighbors()
+    end[earlier] = by_context.slot[later] + 1
+    for i, slot in ranges(start, end - start):
+        at = by_context.order[slot]
+        p[places[at], tokens[i]] += hits[i] / total[at]
 
 
-def training_columns(train_tokens, c):
-    """NgramModel.columns of the training tokens: uint16 [n, V]. Those of each tenth of the documents come
-    from a model of the other nine tenths."""
+def find(array, values):
+    """(where a sorted array has each of some values, or any index; whether it has it)."""
+    at = np.searchsorted(array, values).clip(max=len(array) - 1)
+    return at, array[at] == values
+
+
+def ranges(starts, sizes, at_once=1 << 22):
+    """Yields (i, number) of all numbers in ranges that begin at starts[i] and have sizes[i] numbers: of
+    starts 5 9 and sizes 2 1, i is 0 0 1 and number 5 6 9. In pieces, to bound memory."""
+    ends = np.cumsum(sizes)
+    pieces = np.searchsorted(ends, np.arange(0, sizes.sum(), at_once), side="right")
+    for first, last in itertools.pairwise([*pieces, len(starts)]):
+        size = sizes[first:last]
+        i = np.repeat(np.arange(first, last), size)
+        before = np.repeat(np.cumsum(size) - size, size)
+        yield i, starts[i] + np.arange(len(i)) - before
+
+
+def training_ngram_nll(train_tokens, c):
+    """NgramModel.nll of the training tokens, uint16 [n, V]. A token must not be expected by counts that
+    include it, so every tenth document gets what a model of the others expects (cross-fitting)."""
     fold = np.cumsum(train_tokens == c.bos_id) % FOLDS
-    columns = np.empty((len(train_tokens), c.vocab_size), np.uint16)
+    nll = np.empty((len(train_tokens), c.vocab_size), np.uint16)
     for k in np.unique(fold):
         model = NgramModel(train_tokens[fold != k], c)
-        columns[fold == k] = model.columns(train_tokens[fold == k][None])[0]
-    return columns
+        nll[fold == k] = model.nll(train_tokens[fold == k][None])[0]
+    return nll
 
 
 # ---- batches -----------------------------------------------------------------------------------------------
@@ -1398,31 +1409,31 @@ def train_pass(p, x, y, n_targets, c, m, phase, seed, teacher=None):
     # Dropout depends only on the seed, the step, the rank and the micro-batch, so a resumed run repeats it.
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     y = to_device(y, m)
-    teacher_output = None
+    teacher_parts = None
     if teacher and phase.bag_size == 1:  # the teacher predicts single tokens, so it sits out the bags
         c_teacher, p_teacher = teacher
         with torch.no_grad():
             final_phase = phase_schedule(1.0, c_teacher)
             h = forward(p_teacher, x, c_teacher, m, final_phase, run_block=m.functions.block)
-            teacher_output = make_output(p_teacher, h.flatten(0, 1), x, c_teacher, m)
+            teacher_parts = logit_parts(p_teacher, h.flatten(0, 1), x, c_teacher, m)
     h = forward(p, x, c, m, phase, c.dropout, m.functions.block).flatten(0, 1)
     # The backward pass has two parts: objective() goes back through the loss and the head, whose gradient is
     # added by hand below; from h and the gate on, autograd takes over.
-    output = make_output(p, h, x, c, m, phase.bag_size)
+    parts = logit_parts(p, h, x, c, m, phase.bag_size)
     scale = torch.full((), 1 / n_targets, device=m.device)
-    grad, logged = objective(output.detach(), y.flatten(0, 1), scale, c, m, teacher_output)
+    grad, logged = objective(parts.detach(), y.flatten(0, 1), scale, c, m, teacher_parts)
     grad_head = grad.head
     roots = [h]
     grads = [grad.h]
     if c.ngrams:
-        roots.append(output.gate)
+        roots.append(parts.gate)
         grads.append(grad.gate)
     if phase.bag_size > 1:
         logged["bag_loss"] = logged.pop("loss")
     if c.mtp_weight:  # plain cross-entropy, with or without a teacher, on top of the loss
         after_next = F.pad(y[:, 1:], (0, 0, 0, 1), value=-1).flatten(0, 1)
         h_mtp = norm(F.linear(h, p["mtp"][0].to(h.dtype)))
-        further = Output(h_mtp.detach(), output.head.detach())
+        further = LogitParts(h_mtp.detach(), parts.head.detach())
         grad, sums = objective(further, after_next, c.mtp_weight * scale, c, m)
         roots.append(h_mtp)
         grads.append(grad.h)
@@ -1553,20 +1564,20 @@ def stream_nll(p, inputs, c, m):
             x = ids[:, :-1]
             h = forward(p, x, c, m, phase).flatten(0, 1)
             targets = to_device(ids[:, 1:, 0], m).flatten()
-            nll = token_nll(make_output(p, h, x, c, m), targets, c).view(len(part), T)
+            nll = token_nll(logit_parts(p, h, x, c, m), targets, c).view(len(part), T)
             for (row, start, _, new), values in zip(part, nll, strict=True):
                 out[row, new : start + T + 1] = values[new - start - 1 :]
     return all_reduce(m, out).cpu().numpy()
 
 
-def token_nll(output, targets, c):
-    """-log p(target) of every token in nats, float32 [N], chunk by chunk. output: an Output; targets [N]."""
-    parts = []
+def token_nll(parts, targets, c):
+    """-log p(target) of every token in nats, float32 [N], chunk by chunk. parts: LogitParts; targets [N]."""
+    losses = []
     for i in range(0, len(targets), c.loss_chunk):
         part = slice(i, i + c.loss_chunk)
-        logits = output_logits(output.chunk(part), c)
-        parts.append(F.cross_entropy(logits, targets[part], reduction="none"))
-    return torch.cat(parts)
+        logits = make_logits(parts.chunk(part), c)
+        losses.append(F.cross_entropy(logits, targets[part], reduction="none"))
+    return torch.cat(losses)
 
 
 def scored_models(c):
@@ -1622,7 +1633,7 @@ def sample(folder, c, m, lookup, prompt, n_tokens, temperature=0.8, top_p=0.95):
         for c_model, p in scored:
             x = torch.from_numpy(inputs[:, -c_model.seq_len :].astype(np.int64))
             h = forward(p, x, c_model, m, phase_schedule(1.0, c_model))
-            logits = output_logits(make_output(p, h[0, -1:], x[:, -1:], c_model, m), c_model)
+            logits = make_logits(logit_parts(p, h[0, -1:], x[:, -1:], c_model, m), c_model)
             mean = mean + logits[0].softmax(-1).cpu() / len(scored)
         probs, order = (mean.log() / temperature).softmax(-1).sort(descending=True)
         probs[probs.cumsum(0) - probs >= top_p] = 0

@@ -194,7 +194,7 @@ def objective_cost(c, m, n_rounds):
     grad_head = torch.empty_like(head)
 
     def objective():
-        t.objective(t.Output(h, head), targets, scale, c, m)
+        t.objective(t.LogitParts(h, head), targets, scale, c, m)
 
     def products():
         for part, out in zip(h.split(c.loss_chunk), grad_h.split(c.loss_chunk)):

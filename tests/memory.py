@@ -90,9 +90,9 @@ def compiled_block(tracker):
     return run
 
 
-def compiled_chunk(output, targets, scale, c, taught):
+def compiled_chunk(parts, targets, scale, c, taught):
     """Allocates what a compiled chunk_grad() does, and computes nothing."""
-    h, head, gate, _ = output
+    h, head, gate, _ = parts
     n_low, n_float32 = CHUNK_BUFFERS[bool(taught)]
     buffers = [h.new_empty(len(h), len(head)) for _ in range(n_low)]
     buffers += [h.new_empty(len(h), len(head), dtype=torch.float32) for _ in range(n_float32)]

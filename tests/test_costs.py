@@ -205,10 +205,10 @@ def test_kernels_of_a_chunk_of_the_objective(written, kind):
     n, D = c.loss_chunk, c.n_embd
     with FakeTensorMode():
         head = half(-(-c.vocab_size // 8) * 8, D)
-        taught = t.Output(half(n, D), head) if kind == "with a teacher" else None
+        taught = t.LogitParts(half(n, D), head) if kind == "with a teacher" else None
         targets = torch.empty(n, 1, dtype=torch.long)
-        output = t.Output(half(n, D), head)
-        compile_for_gpu(t.chunk_grad, written)(output, targets, torch.empty(()), c, taught)
+        parts = t.LogitParts(half(n, D), head)
+        compile_for_gpu(t.chunk_grad, written)(parts, targets, torch.empty(()), c, taught)
     [(code, n_bytes)] = written
     assert "atomic_add(" not in code
     assert costs(code, n_bytes) == CHUNK[kind]

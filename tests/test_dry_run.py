@@ -66,10 +66,10 @@ def test_buffers_of_a_compiled_chunk(with_teacher):
     c = config(vocab_size=1003, distill_alpha=0.5)
     h = torch.randn(24, 16, dtype=torch.bfloat16)
     head = t.padded_head(torch.randn(1003, 16), torch.bfloat16)
-    output = t.Output(h, head)
-    taught = output if with_teacher else None
+    parts = t.LogitParts(h, head)
+    taught = parts if with_teacher else None
     targets = torch.zeros(24, 1, dtype=torch.long)
-    _, (code,) = run_and_get_code(m.functions.chunk_grad, output, targets, torch.tensor(1.0), c, taught)
+    _, (code,) = run_and_get_code(m.functions.chunk_grad, parts, targets, torch.tensor(1.0), c, taught)
     buffers = re.findall(r"empty_strided_cpu\(\(24, 100[38]\), \(\d+, 1\), torch\.(\w+)\)", code)
     reused = len(re.findall(r"(buf\d+) = (?!\1)buf\d+; del buf\d+  # reuse", code))
     n_low, n_float32 = memory.CHUNK_BUFFERS[with_teacher]

@@ -314,7 +314,7 @@ def test_n_grams_against_a_loop(own):
     streams = np.stack([first, np.concatenate([first[-60:], first[:90]])])
     model = t.NgramModel(known, c)
     for some in (streams, streams[:, :4], streams[:1, :1]):
-        got = model.columns(some, hide_own=not own)
+        got = model.nll(some, hide_own=not own)
         assert got.dtype == np.uint16
         for row, stream in zip(got, some.tolist(), strict=True):
             expected = ngrams_by_a_loop(known.tolist(), stream, (1, 2, 5), 5, 4, own)
@@ -329,10 +329,10 @@ def test_n_grams_in_pieces(monkeypatch):
     c = config(vocab_size=5, bos_id=4, ngrams="5,1,2")
     streams = np.stack([bytes_of_five(0, 40, 41), bytes_of_five(30, seed=2)])
     model = t.NgramModel(bytes_of_five(0, 10, n=40, seed=1), c)
-    whole = model.columns(streams)
+    whole = model.nll(streams)
     in_pieces = functools.partial(t.ranges, at_once=10)
     monkeypatch.setattr(t, "ranges", in_pieces)
-    assert (model.columns(streams) == whole).all()
+    assert (model.nll(streams) == whole).all()
     starts, lengths = np.array([5, 0, 100, 7]), np.array([3, 0, 25, 1])
     pairs = [np.stack(piece) for piece in in_pieces(starts, lengths)]
     expected = [(i, starts[i] + j) for i in range(4) for j in range(lengths[i])]

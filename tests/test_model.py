@@ -575,10 +575,10 @@ def plain_objective(h, w, targets, c, teacher=None):
 def chunked(h, w, targets, c, m, scale=1.0, teacher=None):
     """objective() with heads of float32: (gradient of h, gradient of the head, logged sums)."""
     if teacher:
-        teacher = t.Output(teacher[0], t.padded_head(teacher[1], h.dtype))
+        teacher = t.LogitParts(teacher[0], t.padded_head(teacher[1], h.dtype))
     scale = torch.tensor(scale, device=m.device)
-    output = t.Output(h, t.padded_head(w, h.dtype))
-    grad, logged = t.objective(output, targets, scale, c, m, teacher)
+    parts = t.LogitParts(h, t.padded_head(w, h.dtype))
+    grad, logged = t.objective(parts, targets, scale, c, m, teacher)
     return grad.h, grad.head, logged
 
 
@@ -639,13 +639,13 @@ def test_objective_with_n_grams(exact):
     expected = t.loss_function(logits(*weights), targets, c, logits(h, w, teacher_gate))[0]
     (0.1 * expected).backward()
     a, b, gate = (x.detach() for x in weights)
-    output = t.Output(a, t.padded_head(b, a.dtype), gate, columns)
-    taught = output._replace(gate=teacher_gate)
-    grad, logged = t.objective(output, targets, torch.tensor(0.1, device=m.device), c, m, taught)
+    parts = t.LogitParts(a, t.padded_head(b, a.dtype), gate, columns)
+    taught = parts._replace(gate=teacher_gate)
+    grad, logged = t.objective(parts, targets, torch.tensor(0.1, device=m.device), c, m, taught)
     assert logged["kl"] > 1
     for got, x in zip((grad.h, grad.head[:50], grad.gate), weights, strict=True):
         assert_equal(got, x.grad)
-    nll = t.token_nll(output, targets[:, 0].clamp_min(0), c)
+    nll = t.token_nll(parts, targets[:, 0].clamp_min(0), c)
     expected = logits(a, b, gate).log_softmax(-1).gather(1, targets.clamp_min(0))[:, 0]
     assert_equal(nll, -expected)
 
@@ -760,7 +760,7 @@ def test_objective_never_holds_all_logits():
     targets = torch.randint(997, (2000, 1), device=m.device)
     with Watch():
         chunked(h, w, targets, c, m)
-        t.token_nll(t.Output(h, t.padded_head(w, h.dtype)), targets[:, 0], c)
+        t.token_nll(t.LogitParts(h, t.padded_head(w, h.dtype)), targets[:, 0], c)
     assert max(largest) == 50 * 1000  # in rows of a multiple of 8
 
 
@@ -769,7 +769,7 @@ def test_token_nll_is_the_objective(exact):
     m = make_machine()
     targets = torch.randint(20, (30, 1), device=m.device)
     c = config(vocab_size=20, loss_chunk=7)
-    nll = t.token_nll(t.Output(h, t.padded_head(w, h.dtype)), targets[:, 0], c)
+    nll = t.token_nll(t.LogitParts(h, t.padded_head(w, h.dtype)), targets[:, 0], c)
     assert_equal(nll.sum(), chunked(h, w, targets, c, m)[2]["loss"])
 
 

@@ -413,7 +413,7 @@ def test_n_grams_are_part_of_the_score(tiny_data, tmp_path):
     m = harness.Machine(torch.device("cpu"), torch.float32)
     train_tokens = harness.read_shard(tiny_data / "train.bin", c.vocab_size)[: c.train_tokens]
     val_tokens = harness.read_shard(tiny_data / "val.bin", c.vocab_size)
-    counted = torch.from_numpy(t.NgramModel(train_tokens, c).columns(val_tokens[None])[0] / -4096.0)
+    counted = torch.from_numpy(t.NgramModel(train_tokens, c).nll(val_tokens[None])[0] / -4096.0)
     x = torch.from_numpy(val_tokens.astype(np.int64))
     columns = torch.zeros(3009, c.vocab_size, dtype=torch.long)
     members = []
@@ -1354,6 +1354,7 @@ BAD_OPTIONS = [
     ("--memory 0", "--memory"),
     ("--ngrams 3,x", "--ngrams"),
     ("--ngrams 4,40 --train_tokens 40", "--ngrams"),
+    ("--ngrams 4,4", "--ngrams"),
     ("--dtype fp8", "--dtype"),
     ("--attention varlen", "--attention"),
     ("--vocab_size 300", "--vocab_size"),
