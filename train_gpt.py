@@ -411,42 +411,50 @@ def attention_masks(starts, windows, m):
     anywhere) allow the same pairs: token i sees token j if j <= i, i - j < window, and no document begins in
     (j, i]. starts [B, T], bool: where a document begins; on the CPU, so that nothing waits for the device."""
     B, T = starts.shape
-    if m.attention == "varlen":  # rows and documents are sequences of one long batch
-        starts = starts.clone()
-        starts[:, 0] = True
-        firsts = starts.flatten().nonzero()[:, 0].int()
-        # Padded with empty sequences to a power of two, so that the kernel nearly always sees one shape.
-        # There is always at least one entry of padding: it ends the last document.
-        room = 1 << max(B * T // 256, len(firsts)).bit_length()
-        cu_seqlens = to_device(F.pad(firsts, (0, room - len(firsts)), value=B * T), m)
+    if m.attention == "varlen":
+        cu_seqlens = to_device(sequence_bounds(starts), m)
         return {window: (cu_seqlens, window) for window in windows}
-    starts = to_device(starts, m)
-    # Documents count from 1: with_block_before pads with zeros, which match none.
-    document = starts.cumsum(1, dtype=torch.int32) + 1
+    document = to_device(starts, m).cumsum(1, dtype=torch.int32) + 1
     if m.attention == "flex":
 
         def allowed(window):
             return lambda b, h, i, j: (j <= i) & (i - j < window) & (document[b, i] == document[b, j])
 
         return {w: flex.create_block_mask(allowed(w), B, None, T, T, device=m.device) for w in windows}
-    masks = {}
-    for window in windows:
-        # A short window goes in blocks: queries [B, blocks, window], keys [B, blocks, 2 * window].
-        if 2 * window <= T and T % window == 0:
-            document_q = document.unflatten(1, (-1, window))
-            document_k = with_block_before(document, window)
-        else:
-            document_q = document_k = document[:, None]
-        n_q = document_q.size(2)
-        n_k = document_k.size(2)
-        i = torch.arange(n_k - n_q, n_k, device=m.device)[:, None]
-        j = torch.arange(n_k, device=m.device)
-        forbidden = (j > i) | (i - j >= window) | (document_q[..., None] != document_k[:, :, None])
-        # Added to the scores: SDPA would turn a mask of booleans into this again in every layer.
-        mask = torch.zeros(forbidden.shape, dtype=m.dtype, device=m.device)
-        mask.masked_fill_(forbidden, -math.inf)
-        masks[window] = mask.flatten(0, 1)[:, None]  # [B * blocks, 1, n_q, n_k]
-    return masks
+    return {window: sdpa_mask(document, window, m) for window in windows}
+
+
+def sequence_bounds(starts):
+    """For varlen, where rows and documents are sequences of one long batch: the place where each begins,
+    int32, and the end of the last."""
+    starts = starts.clone()
+    starts[:, 0] = True
+    firsts = starts.flatten().nonzero()[:, 0].int()
+    # Padded with empty sequences to a power of two, so that the kernel nearly always sees one shape. There is
+    # always at least one entry of padding: it ends the last document.
+    room = 1 << max(starts.numel() // 256, len(firsts)).bit_length()
+    return F.pad(firsts, (0, room - len(firsts)), value=starts.numel())
+
+
+def sdpa_mask(document, window, m):
+    """For sdpa, what is added to the scores, 0 or -inf: [B * blocks, 1, queries, keys]. document [B, T]: each
+    token's document, from 1 on. A window of at most half a row goes in blocks of its size: a block of queries
+    sees the keys of its own block and of the one before. A longer one has one block, the row."""
+    T = document.size(1)
+    if 2 * window <= T and T % window == 0:
+        document_q = document.unflatten(1, (-1, window))
+        document_k = with_block_before(document, window)  # 0 before the first block: of no document
+    else:
+        document_q = document_k = document[:, None]
+    n_q = document_q.size(2)
+    n_k = document_k.size(2)
+    i = torch.arange(n_k - n_q, n_k, device=m.device)[:, None]
+    j = torch.arange(n_k, device=m.device)
+    forbidden = (j > i) | (i - j >= window) | (document_q[..., None] != document_k[:, :, None])
+    # SDPA would turn a mask of booleans into this again in every layer.
+    mask = torch.zeros(forbidden.shape, dtype=m.dtype, device=m.device)
+    mask.masked_fill_(forbidden, -math.inf)
+    return mask.flatten(0, 1)[:, None]
 
 
 def with_block_before(x, size):
@@ -1204,15 +1212,16 @@ class Loader:
 
     def __init__(self, inputs, c, rank=0, world_size=1, bag_size=1):
         self.inputs = inputs[: c.train_tokens]
-        self.n = len(self.inputs)
+        self.n_tokens = len(self.inputs)
         self.c = c
         self.bag_size = bag_size
         self.row_tokens = c.seq_len * bag_size
         self.starts = np.union1d([0], np.flatnonzero(self.inputs[:, 0] == c.bos_id))
-        self.lengths = np.diff(np.append(self.starts, self.n))
+        self.lengths = np.diff(np.append(self.starts, self.n_tokens))
         # Rounded up. The first token (or bag) of an epoch is no target.
-        self.rows_per_epoch = max(1, -(-(self.n - bag_size) // self.row_tokens))
+        self.rows_per_epoch = max(1, -(-(self.n_tokens - bag_size) // self.row_tokens))
         self.batch_rows = c.batch_tokens // c.seq_len
+        # The rows of a batch that are this rank's.
         self.shard = range(rank * self.batch_rows // world_size, (rank + 1) * self.batch_rows // world_size)
         self.steps = max(1, int(c.epochs * self.rows_per_epoch) // self.batch_rows)
         self.epoch = None
@@ -1226,11 +1235,12 @@ class Loader:
         order = []
         placed = set()
         filled = 0
-        # Documents in shuffled order; but wherever one that is left would end exactly with the row, it comes
-        # first.
+        # Documents in shuffled order, except that a remaining one that exactly fills the row goes first; several
+        # may, before it is d's turn.
         for d in shuffled:
             while d not in placed:
-                fitting = by_length.get(-filled % self.row_tokens)
+                room_left = -filled % self.row_tokens  # 0 at a row's beginning, and no document has length 0
+                fitting = by_length.get(room_left)
                 while fitting and fitting[-1] in placed:
                     fitting.pop()
                 chosen = fitting.pop() if fitting else d
@@ -1240,13 +1250,13 @@ class Loader:
         self.epoch = epoch
         self.ends = np.cumsum(self.lengths[order])
         # What to add to a place in the epoch's stream to get the same token's place in inputs, by document.
-        self.shift = self.starts[order] + self.lengths[order] - self.ends
+        self.shift = self.starts[order] - (self.ends - self.lengths[order])
         self.rows = rng.permutation(self.rows_per_epoch)
 
     def row(self, i):
         """Row i of the epoch's stream and the next token (or bag), as far as there are any."""
         at = i * self.row_tokens
-        stop = min(at + self.row_tokens + self.bag_size, self.n)
+        stop = min(at + self.row_tokens + self.bag_size, self.n_tokens)
         first, last = np.searchsorted(self.ends, (at, stop - 1), side="right")
         cuts = [at, *self.ends[first:last], stop]
         shifts = self.shift[first : last + 1]
@@ -1256,21 +1266,21 @@ class Loader:
     def batch(self, step):
         """This rank's inputs, int64 [rows, row_tokens, n_inputs(c)], its targets [rows, seq_len,
         bag_size], and the number of targets in the batch of all ranks."""
-        n = self.row_tokens
         bag_size = self.bag_size
-        x = np.full((len(self.shard), n, self.inputs.shape[1]), self.c.bos_id, dtype=np.int64)
-        y = np.full((len(self.shard), n), -1, dtype=np.int64)
+        # Where an epoch ends within a row, anything will do for the rest: it has no targets.
+        x = np.full((len(self.shard), self.row_tokens, self.inputs.shape[1]), self.c.bos_id, dtype=np.int64)
+        y = np.full((len(self.shard), self.row_tokens), -1, dtype=np.int64)
         n_targets = 0
         for j in range(self.batch_rows):
             epoch, k = divmod(step * self.batch_rows + j, self.rows_per_epoch)
             if epoch != self.epoch:
                 self.start_epoch(epoch)
             i = int(self.rows[k])
-            n_targets += max(0, min(n, self.n - bag_size - i * n))
+            n_targets += max(0, min(self.row_tokens, self.n_tokens - bag_size - i * self.row_tokens))
             if j in self.shard:
                 row = self.row(i)
                 at = j - self.shard.start
-                x[at, : len(row[:n])] = row[:n]
+                x[at, : min(len(row), self.row_tokens)] = row[: self.row_tokens]
                 y[at, : len(row[bag_size:])] = row[bag_size:, 0]
         return torch.from_numpy(x), torch.from_numpy(y).unflatten(1, (-1, bag_size)), n_targets
 
