@@ -1235,8 +1235,8 @@ class Loader:
         order = []
         placed = set()
         filled = 0
-        # Documents in shuffled order, except that a remaining one that exactly fills the row goes first; several
-        # may, before it is d's turn.
+        # Documents in shuffled order, except that a remaining one that exactly fills the row goes first;
+        # several may, before it is d's turn.
         for d in shuffled:
             while d not in placed:
                 room_left = -filled % self.row_tokens  # 0 at a row's beginning, and no document has length 0
