@@ -1077,7 +1077,8 @@ class NgramModel:
         for in_stream, in_document in zip(in_streams, self.levels(streams, document), strict=True):
             interpolate(p, in_stream)
             interpolate(p, in_document)
-        nll = -np.log(np.maximum(p, 1e-6)) * UNITS_PER_NAT
+        nll = np.log(np.maximum(p, 1e-6, out=p), out=p)  # in place: it may take gigabytes
+        nll *= -UNITS_PER_NAT
         return nll.astype(np.uint16).reshape(len(ids), -1, V)[:, 1:]
 
     def levels(self, streams, group, training=None):
@@ -1191,7 +1192,8 @@ def training_ngram_nll(train_tokens, c):
     include it, so every tenth document gets what a model of the others expects (cross-fitting)."""
     fold = np.cumsum(train_tokens == c.bos_id) % FOLDS
     nll = np.empty((len(train_tokens), c.vocab_size), np.uint16)
-    for k in np.unique(fold):
+    folds = np.unique(fold)
+    for k in tqdm(folds, "counting n-grams", unit="part", delay=3, leave=False, disable=None):
         model = NgramModel(train_tokens[fold != k], c)
         nll[fold == k] = model.nll(train_tokens[fold == k][None])[0]
     return nll
