@@ -193,6 +193,7 @@ def model_configs(c):
 
 
 NO_TOKEN = 65535  # where a look-up finds nothing; no token has this id
+UNITS_PER_NAT = 4096  # inputs are whole numbers, so n-grams' -log p is in units of 1 / 4096 nats there
 
 
 def lengths(text):
@@ -329,7 +330,7 @@ def attention_init(bound):
 
 def param_table(c):
     """Name -> Param of every parameter, in the order in which their first values are drawn from the seed.
-    Starts are those of nanochat and Slowrun: layers rescale x0, and the head gives logits near zero."""
+    First values follow nanochat and Slowrun: layers rescale x0, and the head gives logits near zero."""
     L = c.n_layer
     V = c.vocab_size
     D = c.n_embd
@@ -348,7 +349,7 @@ def param_table(c):
     HEAD = ("adamw", "head_lr", True)
     SCALAR = ("adamw", "scalar_lr", False)
     # fmt: off
-    #                    shape                init                      group  n_stack multiplied used
+    #                    shape                init             optimizer, lr, decay  n_stack multiplied used
     table = {
         "wte":     Param((V, D),                normal(1.0),              *EMBED,  0, False, True),
         "lm_head": Param((V, D),                normal(0.001),            *HEAD,   0, True,  True),
@@ -414,7 +415,7 @@ def attention_masks(starts, windows, m):
     if m.attention == "varlen":
         cu_seqlens = to_device(sequence_bounds(starts), m)
         return {window: (cu_seqlens, window) for window in windows}
-    document = to_device(starts, m).cumsum(1, dtype=torch.int32) + 1
+    document = to_device(starts, m).cumsum(1, dtype=torch.int32) + 1  # from 1 on: 0 is no document
     if m.attention == "flex":
 
         def allowed(window):
@@ -425,8 +426,8 @@ def attention_masks(starts, windows, m):
 
 
 def sequence_bounds(starts):
-    """For varlen, where rows and documents are sequences of one long batch: the place where each begins,
-    int32, and the end of the last."""
+    """For varlen, where rows and documents are sequences of one long batch: int32 offsets of each sequence,
+    then the total length."""
     starts = starts.clone()
     starts[:, 0] = True
     firsts = starts.flatten().nonzero()[:, 0].int()
@@ -438,14 +439,14 @@ def sequence_bounds(starts):
 
 def sdpa_mask(document, window, m):
     """For sdpa, what is added to the scores, 0 or -inf: [B * blocks, 1, queries, keys]. document [B, T]: each
-    token's document, from 1 on. A window of at most half a row goes in blocks of its size: a block of queries
-    sees the keys of its own block and of the one before. A longer one has one block, the row."""
+    token's document, from 1 on. A window that divides a row at least twice goes in T / window blocks: a block
+    of queries sees the keys of its own block and of the one before. Otherwise the row is the only block."""
     T = document.size(1)
     if 2 * window <= T and T % window == 0:
-        document_q = document.unflatten(1, (-1, window))
-        document_k = with_block_before(document, window)  # 0 before the first block: of no document
+        document_q = document.unflatten(1, (-1, window))  # [B, blocks, window]
+        document_k = with_block_before(document, window)  # [B, blocks, 2 * window], first 0: no document
     else:
-        document_q = document_k = document[:, None]
+        document_q = document_k = document[:, None]  # [B, 1, T]
     n_q = document_q.size(2)
     n_k = document_k.size(2)
     i = torch.arange(n_k - n_q, n_k, device=m.device)[:, None]
@@ -550,7 +551,7 @@ def document_starts(inputs, c, bag_size):
 
 
 def embed(p, inputs, c, bag_size):
-    """Vectors [B, T, D] of inputs [B, T * bag_size, n_inputs(c)]."""
+    """Vectors [B, T, D] of inputs [B, T * bag_size, 1 + n_lookups(c)]."""
     x = F.embedding(inputs[..., 0], p["wte"])
     for k in range(n_lookups(c)):
         table = p["lookup"][k]  # NO_TOKEN, far beyond its end, becomes its last row
@@ -567,7 +568,7 @@ def forward(p, inputs, c, m, phase, dropout=0.0, run_block=block):
     """Hidden states [B, T, D], normalized, ready for the head, of inputs [B, T * phase.bag_size,
     n_inputs(c)] (see Lookup) on the CPU. run_block: block() or its compiled form; scoring comes in many
     shapes, not worth compiling."""
-    x = embed(p, to_device(inputs, m), c, phase.bag_size)
+    x = embed(p, to_device(inputs[..., : 1 + n_lookups(c)], m), c, phase.bag_size)
     T = x.size(1)
     cos, sin = rope_tables(T, c.n_embd // c.n_head, m.device, m.dtype)
     windows = [min(layer_window(c, i), T) for i in phase.layers]
@@ -627,9 +628,9 @@ class LogitParts(NamedTuple):
     gate: torch.Tensor | None = None  # [N, 1] float32, how much the n-gram model counts
     ngram_nll: torch.Tensor | None = None  # [N, V], its -log p in units of 1 / UNITS_PER_NAT nats
 
-    def chunk(self, part):
-        gate, ngram_nll = (None if x is None else x[part] for x in (self.gate, self.ngram_nll))
-        return LogitParts(self.h[part], self.head, gate, ngram_nll)
+    def chunk(self, rows):
+        gate, ngram_nll = (None if x is None else x[rows] for x in (self.gate, self.ngram_nll))
+        return LogitParts(self.h[rows], self.head, gate, ngram_nll)
 
     def detach(self):
         return LogitParts(*(None if x is None else x.detach() for x in self))
@@ -640,7 +641,7 @@ def logit_parts(p, h, inputs, c, m, bag_size=1):
     head = padded_head(p["lm_head"], h.dtype)
     if not c.ngrams:
         return LogitParts(h, head)
-    # 0.25 is the n-grams' best share in a mean of probabilities; from there the gate is learned.
+    # The gate begins at 0.25, about the n-grams' best share in a mean of probabilities, and is learned.
     gate = 0.25 + F.linear(h, p["ngram_gate"].to(h.dtype)).float()
     of_last = inputs[:, bag_size - 1 :: bag_size, -c.vocab_size :]  # [B, T, V], of each bag's last token
     return LogitParts(h, head, gate, to_device(of_last, m).flatten(0, 1))
@@ -681,6 +682,7 @@ def chunk_grad(parts, targets, scale, c, teacher_parts=None):
     chunk of LogitParts. The logged sums are not scaled."""
 
     def scaled_loss(h, head, gate):
+        # What make_logits reads from c, a teacher shares with its student (of_the_run in model_configs).
         teacher_logits = None if teacher_parts is None else make_logits(teacher_parts, c)
         logits = make_logits(LogitParts(h, head, gate, parts.ngram_nll), c)
         loss, logged = loss_function(logits, targets, c, teacher_logits)
@@ -692,17 +694,18 @@ def chunk_grad(parts, targets, scale, c, teacher_parts=None):
 
 def objective(parts, targets, scale, c, m, teacher_parts=None):
     """(the gradients of LogitParts, the head's in float32; logged sums) of scale * loss_function, chunk by
-    chunk: never all logits at once. targets [N, K]; scale: a tensor, because torch.compile recompiles for
-    each new Python number; teacher_parts: those of the model to learn from."""
+    chunk: no loss is returned, so that all logits are never there at once. targets [N, K]; scale: a tensor,
+    because torch.compile recompiles for each new Python number; teacher_parts: those of the model to learn
+    from."""
     grad_h = torch.empty_like(parts.h)
     grad_head = torch.zeros_like(parts.head, dtype=torch.float32)
     grad_gates = []  # of each chunk; none without c.ngrams
     logged = {}
     for i in range(0, len(targets), c.loss_chunk):
-        part = slice(i, i + c.loss_chunk)
-        teacher_chunk = None if teacher_parts is None else teacher_parts.chunk(part)
-        grads, sums = m.functions.chunk_grad(parts.chunk(part), targets[part], scale, c, teacher_chunk)
-        grad_h[part] = grads[0]
+        rows = slice(i, i + c.loss_chunk)
+        teacher_chunk = None if teacher_parts is None else teacher_parts.chunk(rows)
+        grads, sums = m.functions.chunk_grad(parts.chunk(rows), targets[rows], scale, c, teacher_chunk)
+        grad_h[rows] = grads[0]
         grad_head += grads[1]
         grad_gates.extend(grads[2:])
         logged = {name: logged.get(name, 0.0) + value for name, value in sums.items()}
@@ -894,7 +897,7 @@ class GroupIndex:
         starts = np.flatnonzero(np.append(True, values[1:] != values[:-1])[:n])
         ends = np.append(starts, n)[1:]
         self.start = np.repeat(starts, ends - starts)[self.slot]  # the first slot of each place's group
-        self.end = np.repeat(ends, ends - starts)[self.slot]  # the slot behind its last
+        self.end = np.repeat(ends, ends - starts)[self.slot]  # one past its last slot
 
     def is_first(self):
         """Whether each place is the first of its group."""
@@ -928,11 +931,11 @@ class Streams:
         self.document = np.cumsum(is_start, dtype=np.uint64)  # each token's document
         self.offset = place - np.maximum.accumulate(np.where(is_start, place, 0))  # its position in that
         random = np.random.default_rng(0)
-        self.codes = random.integers(0, 2**64, NO_TOKEN + 1, dtype=np.uint64)[self.tokens]
+        self.codes = random.integers(0, 2**64, 2**16, dtype=np.uint64)[self.tokens]  # by token id
 
     def ngrams(self, n):
-        """A hash, uint64, of the n tokens that end at each place. It knows no boundaries of documents and
-        streams; callers leave out what crosses one."""
+        """A hash, uint64, of the n tokens that end at each place; of fewer, at the first n - 1 places. It
+        ignores the boundaries of documents and streams: callers leave out what crosses one."""
         hashes = np.zeros_like(self.codes)
         for back in reversed(range(min(n, len(hashes)))):
             hashes *= np.uint64(0x9E3779B97F4A7C15)
@@ -944,8 +947,8 @@ class MemoryIndex:
     """Where each n-gram of one length is in the training tokens, sorted by n-gram and then by place."""
 
     def __init__(self, streams, n):
-        # Nothing follows the last token. N-grams across a document's boundary are indexed, too, but hold a
-        # BOS past their first token; Lookup drops such queries by their offset.
+        # Nothing follows the last token. N-grams across a document's boundary are indexed, too, but such a
+        # one, "a b BOS c", has its BOS in the middle, and no n-gram within a document has: none asks for it.
         ngrams = streams.ngrams(n)[:-1]
         self.places = np.argsort(ngrams, kind="stable")
         self.ngrams = ngrams[self.places]
@@ -956,7 +959,8 @@ class MemoryIndex:
         self.run_start = np.maximum.accumulate(np.where(is_start, np.arange(len(is_start)), 0))
 
     def last_places(self, ngrams, own_document=None):
-        """The place where each n-gram occurs last, outside of its own document if given; -1: nowhere."""
+        """The place where each n-gram occurs last; -1: nowhere. own_document: for queries from the indexed
+        tokens themselves, the document of each, in which it does not look."""
         by_value = np.argsort(ngrams)  # sorted queries are several times as fast
         at = np.empty(len(ngrams), np.int64)
         at[by_value] = np.searchsorted(self.ngrams, ngrams[by_value], side="right") - 1
@@ -975,9 +979,10 @@ class Lookup:
     - for each length of c.memory, the same from the training documents (retrieval, 2112.04426). A training
       token skips its own document: a new text is never in memory, and a model that had seen itself there
       would trust memory too much;
-    - with c.ngrams, what an NgramModel expects next.
+    - with c.ngrams, what an NgramModel predicts next.
 
-    NO_TOKEN stands where there is no occurrence. All of it is exact, and nothing looks ahead."""
+    NO_TOKEN stands where there is no occurrence. Nothing looks ahead in its own document, and hashes of 64
+    bits stand for n-grams."""
 
     def __init__(self, train_tokens, c):
         """train_tokens: [n] of the budget; in scoring, c.memory and c.ngrams need them."""
@@ -1016,8 +1021,8 @@ class Lookup:
         for n in lengths(c.recall):
             column = np.full(ids.size, NO_TOKEN, np.uint16)
             earlier, later = GroupIndex(streams.ngrams(n) + streams.document * GROUP_CODE).neighbors()
-            whole = streams.offset[earlier] >= n - 1  # all n tokens are in the document
-            column[later[whole]] = streams.tokens[earlier[whole] + 1]
+            fits = streams.offset[earlier] >= n - 1  # all n tokens are in the document
+            column[later[fits]] = streams.tokens[earlier[fits] + 1]
             recalled.append(column)
         remembered = []
         for n in lengths(c.memory):
@@ -1032,24 +1037,23 @@ class Lookup:
 # ---- n-grams: a model of counts, which is added to the logits ----------------------------------------------
 
 
-DISCOUNT = 0.8  # D below; tuned on prose and pocket
-UNITS_PER_NAT = 4096  # inputs are whole numbers, so -log p is in units of 1 / 4096 nats there
-FOLDS = 10  # every tenth training document gets what the counts of the others expect
+DISCOUNT = 0.8  # tuned on prose and pocket
+FOLDS = 10  # every tenth training document is predicted by the counts of the others
 
 
 class NgramModel:
-    """Expects the next token by counts alone, after Kneser and Ney (1995), interpolated from the shortest
+    """Predicts the next token from counts alone (Kneser and Ney, 1995), interpolated from the shortest
     context of c.ngrams to the longest:
 
-        p_n(token) = (max(hits - D, 0) + D * n_kinds * p_shorter(token)) / total
+        p_n(token) = (max(hits - DISCOUNT, 0) + DISCOUNT * n_kinds * p_shorter(token)) / total
 
     hits is how often the token followed these n tokens, total the sum over all tokens, n_kinds how many
-    different ones there were. What the discount D takes off goes to the next shorter context. The longest
+    different ones there were. What the discount takes off goes to the next shorter context. The longest
     context counts every occurrence. A shorter one counts a token only where the next longer context had not
-    met it, for from then on the longer one answers.
+    met it: after that, the longer one handles it.
 
-    Each length comes twice: first with the counts of the training tokens and the stream so far, then with
-    those of the document so far.
+    Each length comes twice, with the counts of the training tokens and the stream so far, and with those of
+    the document so far: uniform -> 1 (stream) -> 1 (document) -> 2 (stream) -> 2 (document) -> ...
 
     The network gets log p as part of its logits (2210.14431), in training, too. So it learns only what the
     counts lack, and where to trust them."""
@@ -1063,14 +1067,15 @@ class NgramModel:
 
     def nll(self, ids, hide_own=False):
         """-log p in units of 1 / UNITS_PER_NAT nats, uint16 [n_streams, length, V], of every token that may
-        follow each token of independent streams of ids [n_streams, length]. hide_own: without their own
-        counts."""
+        follow each token of independent streams of ids [n_streams, length]. hide_own: by the training counts
+        alone."""
         V = self.c.vocab_size
-        # What may follow a stream's last token is expected at one more place.
+        # Below, the token at a place is predicted from those before it. So there is one more place at the end
+        # of each stream.
         streams = Streams(np.pad(ids, ((0, 0), (0, 1))), self.c.bos_id)
         stream = streams.stream
-        document = np.roll(streams.document, 1)  # the token before's, which a BOS ends
-        if hide_own:  # each place is a stream of its own, in which no context was met before
+        document = np.roll(streams.document, 1)  # of the token before: a BOS belongs to what it closes
+        if hide_own:  # each place is a stream of its own, which has met no context before
             stream = document = np.arange(len(stream), dtype=np.uint64)
         p = np.full((len(stream), V), 1 / V, np.float32)
         in_streams = self.levels(streams, stream, self.training)
@@ -1079,14 +1084,14 @@ class NgramModel:
             interpolate(p, in_document)
         nll = np.log(np.maximum(p, 1e-6, out=p), out=p)  # in place: it may take gigabytes
         nll *= -UNITS_PER_NAT
-        return nll.astype(np.uint16).reshape(len(ids), -1, V)[:, 1:]
+        return np.rint(nll, out=nll).astype(np.uint16).reshape(len(ids), -1, V)[:, 1:]
 
     def levels(self, streams, group, training=None):
         """An NgramLevel for each length of context, the shortest first. group: the number of the stream or
         document that each place belongs to. training: NgramCounts by length, if these count, too."""
         found = []
-        counted = np.ones(len(streams.tokens), bool)
-        for n in sorted(lengths(self.c.ngrams), reverse=True):  # whether a longer context is new comes first
+        new_to_longer = np.ones(len(streams.tokens), bool)  # the longest context counts everything
+        for n in sorted(lengths(self.c.ngrams), reverse=True):
             places = np.flatnonzero(np.arange(len(streams.tokens)) % streams.length >= n)
             contexts = streams.ngrams(n)[places - 1]
             tokens = streams.tokens[places].astype(np.uint64)
@@ -1096,69 +1101,79 @@ class NgramModel:
             counts = training[n] if training else NgramCounts()
             _, in_training = find(counts.keys, keys)
             is_new = by_key.is_first() & ~in_training
-            flags = in_training, is_new, counted[places]
-            found.append(NgramLevel(n, places, keys, own_keys >> 16, by_key, counts, *flags))
-            counted = np.ones(len(streams.tokens), bool)
-            counted[places] = is_new
+            flags = in_training, is_new, new_to_longer[places]
+            found.append(NgramLevel(n, places, keys, context_of(own_keys), by_key, counts, *flags))
+            new_to_longer = np.ones(len(streams.tokens), bool)
+            new_to_longer[places] = is_new
         return found[::-1]
 
 
 def ngram_keys(contexts, tokens):
     """A number for each context and the token behind it: 48 bits of the context's hash, 16 of the token. In
-    sorted order the keys of a context are side by side, and key >> 16 is the context."""
+    sorted order the keys of a context are side by side."""
     return contexts >> 16 << 16 | tokens
+
+
+def context_of(keys):
+    return keys >> 16
+
+
+def token_of(keys):
+    return (keys & 0xFFFF).astype(np.int64)
 
 
 class NgramCounts:
     """How often each token follows each context of one length in the training tokens."""
 
     def __init__(self, keys=(), counted=()):
-        """keys: of all places. counted: whether they count."""
-        # The last key is of no n-gram: there is always one to find.
-        keys = np.append(np.array(keys, np.uint64), np.uint64(2**64 - 1))
+        """keys: of every place. counted: whether it counts."""
+        keys = np.append(np.array(keys, np.uint64), np.uint64(2**64 - 1))  # a sentinel: never empty
         # For each key:
         self.keys, of_key = np.unique(keys, return_inverse=True)
-        self.tokens = (self.keys & 0xFFFF).astype(np.int64)
+        self.tokens = token_of(self.keys)
         self.hits = np.bincount(of_key, np.append(counted, 0))
         # For each context:
-        self.contexts, self.starts = np.unique(self.keys >> 16, return_index=True)  # its first key
+        self.contexts, self.starts = np.unique(context_of(self.keys), return_index=True)  # its first key
         self.n_kinds = np.diff(self.starts, append=len(self.keys))  # the number of its keys
         self.totals = np.add.reduceat(self.hits, self.starts)
 
 
 class NgramLevel(NamedTuple):
-    """One length of context, at all places that have so many tokens before them in their stream: parallel
-    arrays of what is expected there, and whether it counts afterwards."""
+    """One length n of context, at every place with at least n tokens before it in its stream: parallel arrays
+    of the token that is predicted there from its context, and of whether it counts afterwards. "Group" is the
+    stream, or the document."""
 
     n: int
     places: np.ndarray
     keys: np.ndarray  # of the context and the token at the place
-    own_contexts: np.ndarray  # of the context, but different in each stream (or document)
-    by_key: GroupIndex  # of places with equal keys in one stream (or document)
+    own_contexts: np.ndarray  # of the context, a different number in each group
+    by_key: GroupIndex  # of places that have equal keys in one group
     training: NgramCounts
     in_training: np.ndarray  # whether training has the key
-    is_new: np.ndarray  # neither training nor the stream (or document) has had it before
-    counted: np.ndarray  # the next longer context's is_new; all, where there is none
+    is_new: np.ndarray  # neither training nor the group has had the key before
+    counted: np.ndarray  # whether the next longer context's key is new; all, where there is none
 
 
 def interpolate(p, level):
-    """Turns p [n_places, V], in place, from what shorter contexts expect into what those of the level do."""
+    """Turns p [n_places, V], in place, from what shorter contexts predict into what those of the level do."""
     places = level.places
     training = level.training
     by_context = GroupIndex(level.own_contexts)
-    entry, is_known = find(training.contexts, level.keys >> 16)
-    n_training = is_known * training.n_kinds[entry]
+    row, is_known = find(training.contexts, context_of(level.keys))
+    n_training = is_known * training.n_kinds[row]
     n_kinds = n_training + by_context.sums_before(level.is_new)
-    total = is_known * training.totals[entry] + by_context.sums_before(level.counted)
+    total = is_known * training.totals[row] + by_context.sums_before(level.counted)
     # First the shorter contexts' share.
     seen = total > 0
     p[places[seen]] *= (DISCOUNT * n_kinds[seen] / total[seen])[:, None]
-    # Then hits - D of every token that followed in training. No hits are below 1: a first time always counts.
-    for i, key in ranges(training.starts[entry], n_training):
+    # Then, of every token that followed in training, hits - DISCOUNT. Its hits are at least 1: where it is
+    # new, it is new to every longer context, too, and so it counts.
+    for i, key in ranges(training.starts[row], n_training):
         p[places[i], training.tokens[key]] += (training.hits[key] - DISCOUNT) / total[i]
-    # Then the hits of the stream (or document). A token's hits change after each of its places; the next one
-    # still expects it by the old ones. D is off already where training has the token.
-    tokens = (level.keys & 0xFFFF).astype(np.int64)
+    # Then the group's own hits. If one context is followed by a b a c, at slots 0 1 2 3, then at slots 1 and
+    # 2 `a` has one hit, and two at slot 3: each place of a key says how many hits hold from the next slot to
+    # the key's next place. The discount is off already where training has the token.
+    tokens = token_of(level.keys)
     hits = level.by_key.sums_before(level.counted) + level.counted - DISCOUNT * ~level.in_training
     start = by_context.slot + 1
     end = by_context.end.copy()
@@ -1170,14 +1185,15 @@ def interpolate(p, level):
 
 
 def find(array, values):
-    """(where a sorted array has each of some values, or any index; whether it has it)."""
+    """(the index of each of some values in a sorted array, an arbitrary one where it lacks it; whether it has
+    it)."""
     at = np.searchsorted(array, values).clip(max=len(array) - 1)
     return at, array[at] == values
 
 
 def ranges(starts, sizes, at_once=1 << 22):
     """Yields (i, number) of all numbers in ranges that begin at starts[i] and have sizes[i] numbers: of
-    starts 5 9 and sizes 2 1, i is 0 0 1 and number 5 6 9. In pieces, to bound memory."""
+    starts 5 9 and sizes 2 1, i is 0 0 1 and number 5 6 9. In pieces of about at_once, to save memory."""
     ends = np.cumsum(sizes)
     pieces = np.searchsorted(ends, np.arange(0, sizes.sum(), at_once), side="right")
     for first, last in itertools.pairwise([*pieces, len(starts)]):
@@ -1188,8 +1204,8 @@ def ranges(starts, sizes, at_once=1 << 22):
 
 
 def training_ngram_nll(train_tokens, c):
-    """NgramModel.nll of the training tokens, uint16 [n, V]. A token must not be expected by counts that
-    include it, so every tenth document gets what a model of the others expects (cross-fitting)."""
+    """NgramModel.nll of the training tokens, uint16 [n, V]. A token must not be predicted from counts that
+    include it, so every tenth document is predicted by a model of the others (cross-fitting)."""
     fold = np.cumsum(train_tokens == c.bos_id) % FOLDS
     nll = np.empty((len(train_tokens), c.vocab_size), np.uint16)
     folds = np.unique(fold)
@@ -1206,11 +1222,11 @@ class Loader:
     """Training batches as a function of the step alone: nothing to save, any position can be resumed.
 
     An epoch is the training documents in an order drawn from (seed, epoch), laid end to end and cut every
-    seq_len tokens into rows, which are then shuffled. A document that would end with its row is taken
-    early, so that the next row starts at a BOS. Every token but the epoch's first (or first bag) is a target
-    exactly once; the last row is filled up with targets of -1, which do not count. With bags of s tokens a
-    row holds s * seq_len tokens, and each bag's targets are the s tokens of the next bag. inputs: [n,
-    n_inputs(c)] of Lookup; the first c.train_tokens are used."""
+    seq_len tokens into rows, which are then shuffled. A document that exactly fills the rest of a row is
+    taken early, so that the next row starts at a BOS. Every token but the epoch's first (or first bag) is a
+    target exactly once; the last row is filled up with targets of -1, which do not count. With bags of s
+    tokens a row holds s * seq_len tokens, and each bag's targets are the s tokens of the next bag. inputs:
+    [n, n_inputs(c)] of Lookup; the first c.train_tokens are used."""
 
     def __init__(self, inputs, c, rank=0, world_size=1, bag_size=1):
         self.inputs = inputs[: c.train_tokens]
@@ -1237,10 +1253,9 @@ class Loader:
         order = []
         placed = set()
         filled = 0
-        # Documents in shuffled order, except that a remaining one that exactly fills the row goes first;
-        # several may, before it is d's turn.
+        # Documents in shuffled order, except that a remaining one that exactly fills the row goes first.
         for d in shuffled:
-            while d not in placed:
+            while d not in placed:  # at most twice: for one that fills the row, then for d
                 room_left = -filled % self.row_tokens  # 0 at a row's beginning, and no document has length 0
                 fitting = by_length.get(room_left)
                 while fitting and fitting[-1] in placed:
@@ -1273,7 +1288,7 @@ class Loader:
         x = np.full((len(self.shard), self.row_tokens, self.inputs.shape[1]), self.c.bos_id, dtype=np.int64)
         y = np.full((len(self.shard), self.row_tokens), -1, dtype=np.int64)
         n_targets = 0
-        for j in range(self.batch_rows):
+        for j in range(self.batch_rows):  # other ranks' rows, too: for n_targets
             epoch, k = divmod(step * self.batch_rows + j, self.rows_per_epoch)
             if epoch != self.epoch:
                 self.start_epoch(epoch)
@@ -1586,9 +1601,9 @@ def token_nll(parts, targets, c):
     """-log p(target) of every token in nats, float32 [N], chunk by chunk. parts: LogitParts; targets [N]."""
     losses = []
     for i in range(0, len(targets), c.loss_chunk):
-        part = slice(i, i + c.loss_chunk)
-        logits = make_logits(parts.chunk(part), c)
-        losses.append(F.cross_entropy(logits, targets[part], reduction="none"))
+        rows = slice(i, i + c.loss_chunk)
+        logits = make_logits(parts.chunk(rows), c)
+        losses.append(F.cross_entropy(logits, targets[rows], reduction="none"))
     return torch.cat(losses)
 
 
