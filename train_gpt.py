@@ -1391,9 +1391,11 @@ def training_plan(c, inputs, m, steps=None):
 
 @contextlib.contextmanager
 def step_weights(p, c, m):
-    """What the passes of one optimizer step get as p: its stacked weights are in the dtype of the matrix
-    products already, with IHA applied. That is done once and not in every pass. A hook adds up their
-    gradients in float32, and p[name].grad gets them after the last pass, those of the mixing matrices too."""
+    """The weights of one optimizer step's passes, in place of p. What all passes would repeat is done once:
+
+    - before the first pass, stacked weights are cast to the dtype of the matrix products, and IHA is applied;
+    - behind each pass, a hook adds up the gradients of these copies in float32;
+    - after the last one, p[name].grad gets the sums, and the mixing matrices' through IHA once more."""
 
     def mixed_attention():
         layers = zip(p["attn"], p["iha"], strict=True)
@@ -1419,8 +1421,8 @@ def step_weights(p, c, m):
             weights[name] = weights[name].detach().to(m.dtype).requires_grad_()
             weights[name].register_post_accumulate_grad_hook(functools.partial(add_up, name))
     yield weights
-    if c.iha:
-        mixed_attention().backward(grads.pop("attn"))  # mixed again, as keeping the graph would take memory
+    if c.iha:  # with a graph this time; kept from the beginning on, it would take memory in every pass
+        mixed_attention().backward(grads.pop("attn"))
     for name, grad in grads.items():
         p[name].grad = grad
 
@@ -1444,8 +1446,9 @@ def train_pass(p, x, y, n_targets, c, m, phase, seed, teacher=None):
             h = forward(p_teacher, x, c_teacher, m, final_phase, run_block=m.functions.block)
             teacher_parts = logit_parts(p_teacher, h.flatten(0, 1), x, c_teacher, m)
     h = forward(p, x, c, m, phase, c.dropout, m.functions.block).flatten(0, 1)
-    # The backward pass has two parts: objective() goes back through the loss and the head, whose gradient is
-    # added by hand below; from h and the gate on, autograd takes over.
+    # The backward pass has two parts. objective() goes back through the loss and the head, chunk by chunk, to
+    # the gradients of h, head and gate. From h and gate on autograd takes over, in one call for all roots; the
+    # head's gradient is added by hand.
     parts = logit_parts(p, h, x, c, m, phase.bag_size)
     scale = torch.full((), 1 / n_targets, device=m.device)
     grad, logged = objective(parts.detach(), y.flatten(0, 1), scale, c, m, teacher_parts)
