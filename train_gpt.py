@@ -1447,8 +1447,8 @@ def train_pass(p, x, y, n_targets, c, m, phase, seed, teacher=None):
             teacher_parts = logit_parts(p_teacher, h.flatten(0, 1), x, c_teacher, m)
     h = forward(p, x, c, m, phase, c.dropout, m.functions.block).flatten(0, 1)
     # The backward pass has two parts. objective() goes back through the loss and the head, chunk by chunk, to
-    # the gradients of h, head and gate. From h and gate on autograd takes over, in one call for all roots; the
-    # head's gradient is added by hand.
+    # the gradients of h, head and gate. From h and gate on, autograd takes over, in one call for all roots;
+    # the head's gradient is added by hand.
     parts = logit_parts(p, h, x, c, m, phase.bag_size)
     scale = torch.full((), 1 / n_targets, device=m.device)
     grad, logged = objective(parts.detach(), y.flatten(0, 1), scale, c, m, teacher_parts)
