@@ -953,7 +953,7 @@ class MemoryIndex:
         self.places = np.argsort(ngrams, kind="stable")
         self.ngrams = ngrams[self.places]
         self.document = streams.document[self.places]
-        # Where the run of equal n-grams in one document starts.
+        # For each entry, the index where its run of equal n-grams in one document starts.
         same = (self.ngrams[1:] == self.ngrams[:-1]) & (self.document[1:] == self.document[:-1])
         is_start = np.append(True, ~same)
         self.run_start = np.maximum.accumulate(np.where(is_start, np.arange(len(is_start)), 0))
@@ -963,6 +963,7 @@ class MemoryIndex:
         tokens themselves, the document of each, in which it does not look."""
         by_value = np.argsort(ngrams)  # sorted queries are several times as fast
         at = np.empty(len(ngrams), np.int64)
+        # -1, below all, reads the last entry here, and is no match in the end.
         at[by_value] = np.searchsorted(self.ngrams, ngrams[by_value], side="right") - 1
         if own_document is not None:
             # The entry before the document's run may be of another n-gram, and is then no match.
@@ -976,9 +977,9 @@ class Lookup:
     - the token itself;
     - for each length n of c.recall, the token that followed the last occurrence in the same document of the
       n tokens that end here: hard-wired induction (2401.12973), as far back as the document goes;
-    - for each length of c.memory, the same from the training documents (retrieval, 2112.04426). A training
-      token skips its own document: a new text is never in memory, and a model that had seen itself there
-      would trust memory too much;
+    - for each length of c.memory, the same from the last training document that has them (retrieval,
+      2112.04426). A training token skips its own document: a new text is never in memory, and a model that
+      had seen itself there would trust memory too much;
     - with c.ngrams, what an NgramModel predicts next.
 
     NO_TOKEN stands where there is no occurrence. Nothing looks ahead in its own document, and hashes of 64
@@ -1071,10 +1072,12 @@ class NgramModel:
         alone."""
         V = self.c.vocab_size
         # Below, the token at a place is predicted from those before it. So there is one more place at the end
-        # of each stream.
+        # of each stream, from which nothing is predicted.
         streams = Streams(np.pad(ids, ((0, 0), (0, 1))), self.c.bos_id)
         stream = streams.stream
-        document = np.roll(streams.document, 1)  # of the token before: a BOS belongs to what it closes
+        # The document of the token before: a BOS belongs to what it closes. A stream's first place, where
+        # that is wrong, has no context and is in no level.
+        document = np.roll(streams.document, 1)
         if hide_own:  # each place is a stream of its own, which has met no context before
             stream = document = np.arange(len(stream), dtype=np.uint64)
         p = np.full((len(stream), V), 1 / V, np.float32)
@@ -1090,28 +1093,28 @@ class NgramModel:
         """An NgramLevel for each length of context, the shortest first. group: the number of the stream or
         document that each place belongs to. training: NgramCounts by length, if these count, too."""
         found = []
-        new_to_longer = np.ones(len(streams.tokens), bool)  # the longest context counts everything
+        counted = np.ones(len(streams.tokens), bool)  # by the longest context
         for n in sorted(lengths(self.c.ngrams), reverse=True):
             places = np.flatnonzero(np.arange(len(streams.tokens)) % streams.length >= n)
-            contexts = streams.ngrams(n)[places - 1]
+            hashes = streams.ngrams(n)[places - 1]
             tokens = streams.tokens[places].astype(np.uint64)
-            keys = ngram_keys(contexts, tokens)
-            own_keys = ngram_keys(contexts + group[places] * GROUP_CODE, tokens)
+            keys = ngram_keys(hashes, tokens)
+            own_keys = ngram_keys(hashes + group[places] * GROUP_CODE, tokens)
             by_key = GroupIndex(own_keys)
             counts = training[n] if training else NgramCounts()
             _, in_training = find(counts.keys, keys)
             is_new = by_key.is_first() & ~in_training
-            flags = in_training, is_new, new_to_longer[places]
+            flags = in_training, is_new, counted[places]
             found.append(NgramLevel(n, places, keys, context_of(own_keys), by_key, counts, *flags))
-            new_to_longer = np.ones(len(streams.tokens), bool)
-            new_to_longer[places] = is_new
+            counted = np.ones(len(streams.tokens), bool)  # where a stream has no context of n tokens yet
+            counted[places] = is_new
         return found[::-1]
 
 
-def ngram_keys(contexts, tokens):
+def ngram_keys(hashes, tokens):
     """A number for each context and the token behind it: 48 bits of the context's hash, 16 of the token. In
     sorted order the keys of a context are side by side."""
-    return contexts >> 16 << 16 | tokens
+    return hashes >> 16 << 16 | tokens
 
 
 def context_of(keys):
@@ -1166,13 +1169,14 @@ def interpolate(p, level):
     # First the shorter contexts' share.
     seen = total > 0
     p[places[seen]] *= (DISCOUNT * n_kinds[seen] / total[seen])[:, None]
-    # Then, of every token that followed in training, hits - DISCOUNT. Its hits are at least 1: where it is
-    # new, it is new to every longer context, too, and so it counts.
+    # Then, of every token that followed in training, hits - DISCOUNT. No hits are below 1: a key's first
+    # occurrence is new to the longer contexts, too, and hence counted.
     for i, key in ranges(training.starts[row], n_training):
         p[places[i], training.tokens[key]] += (training.hits[key] - DISCOUNT) / total[i]
-    # Then the group's own hits. If one context is followed by a b a c, at slots 0 1 2 3, then at slots 1 and
-    # 2 `a` has one hit, and two at slot 3: each place of a key says how many hits hold from the next slot to
-    # the key's next place. The discount is off already where training has the token.
+    # Then the group's own hits. If one context is followed by a b a c, at slots 0 1 2 3, then `a` has one hit
+    # at slots 1 and 2, and two at slot 3. So each place of a key says how many hits hold from the next slot
+    # on: `a` at slot 0 gives slots [1, 3) one hit, up to the key's next place and with it, for that is
+    # predicted without itself. Where training has the token, the discount was already subtracted above.
     tokens = token_of(level.keys)
     hits = level.by_key.sums_before(level.counted) + level.counted - DISCOUNT * ~level.in_training
     start = by_context.slot + 1
@@ -1395,7 +1399,9 @@ def step_weights(p, c, m):
 
     - before the first pass, stacked weights are cast to the dtype of the matrix products, and IHA is applied;
     - behind each pass, a hook adds up the gradients of these copies in float32;
-    - after the last one, p[name].grad gets the sums, and the mixing matrices' through IHA once more."""
+    - after the last one, p[name].grad gets the sums; p["attn"] and p["iha"] get them through IHA once more.
+
+    The others are p's own tensors: autograd fills their .grad."""
 
     def mixed_attention():
         layers = zip(p["attn"], p["iha"], strict=True)
@@ -1433,8 +1439,8 @@ def train_pass(p, x, y, n_targets, c, m, phase, seed, teacher=None):
     weights). Returns the logged losses.
 
     A new term of hidden states or weights: append it to `roots` and its gradient to `grads`. These add up
-    over passes and ranks: divide a sum over tokens by n_targets; a term of weights takes (y >= 0).sum() /
-    n_targets."""
+    over passes and ranks: divide a sum over tokens by n_targets; multiply a term of weights by this
+    pass's share of them, (y >= 0).sum() / n_targets."""
     # Dropout depends only on the seed, the step, the rank and the micro-batch, so a resumed run repeats it.
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     y = to_device(y, m)
@@ -1463,7 +1469,7 @@ def train_pass(p, x, y, n_targets, c, m, phase, seed, teacher=None):
     if c.mtp_weight:  # plain cross-entropy, with or without a teacher, on top of the loss
         after_next = F.pad(y[:, 1:], (0, 0, 0, 1), value=-1).flatten(0, 1)
         h_mtp = norm(F.linear(h, p["mtp"][0].to(h.dtype)))
-        further = LogitParts(h_mtp.detach(), parts.head.detach())
+        further = LogitParts(h_mtp.detach(), parts.head.detach())  # n-grams predict only the next token
         grad, sums = objective(further, after_next, c.mtp_weight * scale, c, m)
         roots.append(h_mtp)
         grads.append(grad.h)
@@ -1532,7 +1538,7 @@ def train_model(run, model, shards, saver):
     if c.ema:
         ema = {name: optimizer.shard(name, w.detach()).clone() for name, w in p.items()}
     if shards:
-        load_shards(run.folder, shards, optimizer, ema)
+        load_shards(run.folder, shards, optimizer, ema)  # fills p, too, which the optimizer has
     monitor = Monitor(run, model, saver)
     teacher = None
     batch = model.batches.batch(first_step)
