@@ -126,7 +126,8 @@ class Config:
 LOOK_UP = dict(recall="1,2,3,4,5,6,8,12,16,24,32", memory="3,4,5,6,8,12,16,24")
 MTP_IHA = dict(mtp_weight=0.3, iha=True)
 
-# Without --track: a small recipe on the pocket track's data, for a first look on any machine.
+# The harness starts from SMALL without --track, and from PRESETS[track] with it; options override both.
+# SMALL: a small recipe on the pocket track's data, for a first look on any machine.
 SMALL = LOOK_UP | MTP_IHA | dict(n_layer=3, n_embd=96, mlp_hidden=256, weight_decay=0.25)
 
 POCKET = LOOK_UP | MTP_IHA | dict(ema=0.99, weight_decay=0.25, score_stride=256)
@@ -300,7 +301,7 @@ class Param(NamedTuple):
     optimizer: str  # muon: matrices in the last two dimensions; adamw: anything
     lr: str  # the field of Config that holds its learning rate
     decay: bool  # whether weight decay applies
-    n_stack: int  # 0: not per layer; else stored as [n_stack, *shape], and layer i uses i % n_stack
+    n_stack: int  # 0: not per layer; else stored as [n_stack, *shape], fewer than n_layer: layers share (i % n_stack)
     multiplied: bool  # in a matrix product at every position, once per layer that runs: counted in FLOPs
     used: bool  # by this config
 
@@ -586,7 +587,7 @@ def forward(p, inputs, c, m, phase, dropout=0.0, run_block=block):
         if skip is not None:
             w["skip"] = p["skip"][mirror]
         x = run_block(x, x0, skip, w, cos, sin, masks[window], c, m.attention, dropout)
-        if c.unet and i < c.n_layer // 2:
+        if c.unet and i < c.n_layer // 2:  # looped layers write it, or add it, each time
             skips[i] = x
     return norm(x)
 
@@ -966,7 +967,8 @@ class MemoryIndex:
         # -1, below all, reads the last entry here, and is no match in the end.
         at[by_value] = np.searchsorted(self.ngrams, ngrams[by_value], side="right") - 1
         if own_document is not None:
-            # The entry before the document's run may be of another n-gram, and is then no match.
+            # Equal n-grams are in order of place, so each document's are a run, and the entry before the run
+            # is in another document. If it is of another n-gram, it is no match.
             at = np.where(self.document[at] == own_document, self.run_start[at] - 1, at)
         return np.where((at >= 0) & (self.ngrams[at] == ngrams), self.places[at], -1)
 
@@ -1053,8 +1055,9 @@ class NgramModel:
     context counts every occurrence. A shorter one counts a token only where the next longer context had not
     met it: after that, the longer one handles it.
 
-    Each length comes twice, with the counts of the training tokens and the stream so far, and with those of
-    the document so far: uniform -> 1 (stream) -> 1 (document) -> 2 (stream) -> 2 (document) -> ...
+    Each length comes twice. Hits, total and n_kinds are those of the training tokens and the stream so far
+    together, and then those of the document so far:
+    uniform -> 1 (stream) -> 1 (document) -> 2 (stream) -> 2 (document) -> ...
 
     The network gets log p as part of its logits (2210.14431), in training, too. So it learns only what the
     counts lack, and where to trust them."""
@@ -1075,8 +1078,8 @@ class NgramModel:
         # of each stream, from which nothing is predicted.
         streams = Streams(np.pad(ids, ((0, 0), (0, 1))), self.c.bos_id)
         stream = streams.stream
-        # The document of the token before: a BOS belongs to what it closes. A stream's first place, where
-        # that is wrong, has no context and is in no level.
+        # A place is predicted from the token before it, and in that token's document, also where it is a BOS.
+        # A stream's first place, where that is wrong, has no context and is in no level.
         document = np.roll(streams.document, 1)
         if hide_own:  # each place is a stream of its own, which has met no context before
             stream = document = np.arange(len(stream), dtype=np.uint64)
@@ -1094,6 +1097,7 @@ class NgramModel:
         document that each place belongs to. training: NgramCounts by length, if these count, too."""
         found = []
         counted = np.ones(len(streams.tokens), bool)  # by the longest context
+        # The longest first, because each length counts only what the next longer one finds new.
         for n in sorted(lengths(self.c.ngrams), reverse=True):
             places = np.flatnonzero(np.arange(len(streams.tokens)) % streams.length >= n)
             hashes = streams.ngrams(n)[places - 1]
@@ -1173,19 +1177,24 @@ def interpolate(p, level):
     # occurrence is new to the longer contexts, too, and hence counted.
     for i, key in ranges(training.starts[row], n_training):
         p[places[i], training.tokens[key]] += (training.hits[key] - DISCOUNT) / total[i]
-    # Then the group's own hits. If one context is followed by a b a c, at slots 0 1 2 3, then `a` has one hit
-    # at slots 1 and 2, and two at slot 3. So each place of a key says how many hits hold from the next slot
-    # on: `a` at slot 0 gives slots [1, 3) one hit, up to the key's next place and with it, for that is
-    # predicted without itself. Where training has the token, the discount was already subtracted above.
+    # Then the hits of every token that the group had in this context before place j, the last time at i.
+    # Where training has the token, the discount was already subtracted.
     tokens = token_of(level.keys)
     hits = level.by_key.sums_before(level.counted) + level.counted - DISCOUNT * ~level.in_training
+    for i, j in last_occurrences(by_context, level.by_key):
+        p[places[j], tokens[i]] += hits[i] / total[j]
+
+
+def last_occurrences(by_context, by_key):
+    """Yields pairs (i, j): for each place j, and each key that its context had before j, the last place i of
+    that key before j."""
+    # In by_context.order, this holds from the slot behind i on, up to the key's next place and with it.
     start = by_context.slot + 1
     end = by_context.end.copy()
-    earlier, later = level.by_key.neighbors()
+    earlier, later = by_key.neighbors()
     end[earlier] = by_context.slot[later] + 1
     for i, slot in ranges(start, end - start):
-        at = by_context.order[slot]
-        p[places[at], tokens[i]] += hits[i] / total[at]
+        yield i, by_context.order[slot]
 
 
 def find(array, values):
@@ -1399,7 +1408,8 @@ def step_weights(p, c, m):
 
     - before the first pass, stacked weights are cast to the dtype of the matrix products, and IHA is applied;
     - behind each pass, a hook adds up the gradients of these copies in float32;
-    - after the last one, p[name].grad gets the sums; p["attn"] and p["iha"] get them through IHA once more.
+    - after the last one, p[name].grad gets the sums. IHA is computed again, with a graph, through which
+      p["attn"] and p["iha"] get theirs.
 
     The others are p's own tensors: autograd fills their .grad."""
 
