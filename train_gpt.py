@@ -301,7 +301,9 @@ class Param(NamedTuple):
     optimizer: str  # muon: matrices in the last two dimensions; adamw: anything
     lr: str  # the field of Config that holds its learning rate
     decay: bool  # whether weight decay applies
-    n_stack: int  # 0: not per layer; else stored as [n_stack, *shape], fewer than n_layer: layers share (i % n_stack)
+    n_stack: (
+        int  # 0: not per layer; else [n_stack, *shape], and layer i uses i % n_stack, so layers may share
+    )
     multiplied: bool  # in a matrix product at every position, once per layer that runs: counted in FLOPs
     used: bool  # by this config
 
