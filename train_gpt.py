@@ -301,9 +301,7 @@ class Param(NamedTuple):
     optimizer: str  # muon: matrices in the last two dimensions; adamw: anything
     lr: str  # the field of Config that holds its learning rate
     decay: bool  # whether weight decay applies
-    n_stack: (
-        int  # 0: not per layer; else [n_stack, *shape], and layer i uses i % n_stack, so layers may share
-    )
+    n_stack: int  # 0: not per layer; else [n_stack, *shape]: layer i uses i % n_stack, and may share it
     multiplied: bool  # in a matrix product at every position, once per layer that runs: counted in FLOPs
     used: bool  # by this config
 
