@@ -1652,6 +1652,7 @@ def train_command(given, args):
         c = dataclasses.replace(
             with_vocabulary(c, meta), dtype="bf16" if m.dtype == torch.bfloat16 else "fp32"
         )
+        check_config(c)  # once more: what depends on the vocabulary is known only now
         options = {name: getattr(args, name) for name in RUNTIME_OPTIONS} | {"trial": args.steps is not None}
         names = [str(args.run_dir or f"runs/{c.track}_{time.strftime('%Y%m%d_%H%M%S')}_s{c.seed}")]
         if m.world_size > 1:  # the clocks of the ranks may differ

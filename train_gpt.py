@@ -1048,16 +1048,15 @@ class NgramModel:
     """Predicts the next token from counts alone (Kneser and Ney, 1995), interpolated from the shortest
     context of c.ngrams to the longest:
 
-        p_n(token) = (max(hits - DISCOUNT, 0) + DISCOUNT * n_kinds * p_shorter(token)) / total
+        p(token) = (max(hits - DISCOUNT, 0) + DISCOUNT * n_kinds * p_before(token)) / total
 
     hits is how often the token followed these n tokens, total the sum over all tokens, n_kinds how many
-    different ones there were. What the discount takes off goes to the next shorter context. The longest
-    context counts every occurrence. A shorter one counts a token only where the next longer context had not
-    met it: after that, the longer one handles it.
+    different ones there were. What the discount takes off goes to p_before, the prediction before this one in
+    the chain: uniform -> 1 (stream) -> 1 (document) -> 2 (stream) -> 2 (document) -> ... For each length come
+    first the counts of the training tokens and the stream so far, then those of the document so far.
 
-    Each length comes twice. Hits, total and n_kinds are those of the training tokens and the stream so far
-    together, and then those of the document so far:
-    uniform -> 1 (stream) -> 1 (document) -> 2 (stream) -> 2 (document) -> ...
+    The longest context counts every occurrence. A shorter one counts a token only where the next longer
+    context of its kind had not met it: after that, the longer one handles it.
 
     The network gets log p as part of its logits (2210.14431), in training, too. So it learns only what the
     counts lack, and where to trust them."""
@@ -1096,8 +1095,9 @@ class NgramModel:
         """An NgramLevel for each length of context, the shortest first. group: the number of the stream or
         document that each place belongs to. training: NgramCounts by length, if these count, too."""
         found = []
-        counted = np.ones(len(streams.tokens), bool)  # by the longest context
-        # The longest first, because each length counts only what the next longer one finds new.
+        # Which places count at a length. The longest comes first, and all do; then those do that the next
+        # longer one finds new, or has no context for.
+        counted = np.ones(len(streams.tokens), bool)
         for n in sorted(lengths(self.c.ngrams), reverse=True):
             places = np.flatnonzero(np.arange(len(streams.tokens)) % streams.length >= n)
             hashes = streams.ngrams(n)[places - 1]
@@ -1110,7 +1110,7 @@ class NgramModel:
             is_new = by_key.is_first() & ~in_training
             flags = in_training, is_new, counted[places]
             found.append(NgramLevel(n, places, keys, context_of(own_keys), by_key, counts, *flags))
-            counted = np.ones(len(streams.tokens), bool)  # where a stream has no context of n tokens yet
+            counted = np.ones(len(streams.tokens), bool)
             counted[places] = is_new
         return found[::-1]
 
@@ -1162,7 +1162,7 @@ class NgramLevel(NamedTuple):
 
 
 def interpolate(p, level):
-    """Turns p [n_places, V], in place, from what shorter contexts predict into what those of the level do."""
+    """Turns p [n_places, V], in place, from p_before into the level's prediction."""
     places = level.places
     training = level.training
     by_context = GroupIndex(level.own_contexts)
@@ -1170,15 +1170,16 @@ def interpolate(p, level):
     n_training = is_known * training.n_kinds[row]
     n_kinds = n_training + by_context.sums_before(level.is_new)
     total = is_known * training.totals[row] + by_context.sums_before(level.counted)
-    # First the shorter contexts' share.
+    # First the share of p_before.
     seen = total > 0
     p[places[seen]] *= (DISCOUNT * n_kinds[seen] / total[seen])[:, None]
     # Then, of every token that followed in training, hits - DISCOUNT. No hits are below 1: a key's first
     # occurrence is new to the longer contexts, too, and hence counted.
     for i, key in ranges(training.starts[row], n_training):
         p[places[i], training.tokens[key]] += (training.hits[key] - DISCOUNT) / total[i]
-    # Then the hits of every token that the group had in this context before place j, the last time at i.
-    # Where training has the token, the discount was already subtracted.
+    # Then, for place j, the hits of every token that the group had in this context before. hits[i] is a key's
+    # count up to place i and with it, so its last place before j holds all of it. Where training has the
+    # token, the discount was already subtracted.
     tokens = token_of(level.keys)
     hits = level.by_key.sums_before(level.counted) + level.counted - DISCOUNT * ~level.in_training
     for i, j in last_occurrences(by_context, level.by_key):
@@ -1450,7 +1451,7 @@ def train_pass(p, x, y, n_targets, c, m, phase, seed, teacher=None):
 
     A new term of hidden states or weights: append it to `roots` and its gradient to `grads`. These add up
     over passes and ranks: divide a sum over tokens by n_targets; multiply a term of weights by this
-    pass's share of them, (y >= 0).sum() / n_targets."""
+    pass's share of the targets, (y >= 0).sum() / n_targets. With c.iha, p["attn"] is mixed already."""
     # Dropout depends only on the seed, the step, the rank and the micro-batch, so a resumed run repeats it.
     torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
     y = to_device(y, m)

@@ -429,6 +429,16 @@ def test_n_grams_are_part_of_the_score(tiny_data, tmp_path):
     np.testing.assert_allclose(nll[1:], -np.log(np.mean(members, axis=0)), rtol=1e-4, atol=1e-5)
 
 
+def test_n_grams_need_a_small_vocabulary(tiny_data, tmp_path):
+    """Which one it is, the data says. With 50,257 tokens, the inputs would not fit into any memory."""
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    meta = json.loads((data / "meta.json").read_text())
+    (data / "meta.json").write_text(json.dumps(meta | {"vocab_size": 2000}))
+    words = [*options(**TINY, data=data), "--run_dir", tmp_path / "run", *PLAIN, "--ngrams", "1,2"]
+    assert_refused(run_main(*words), "--ngrams 1,2")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_score_follows_the_data_and_the_machine(tiny_data, tmp_path):
     """The training tokens, which look-ups need, are elsewhere; and another number of tokens fits into
     memory."""
