@@ -158,8 +158,8 @@ DEEP = (
 
 # The recipe of each track's standing record, where there is one. Those of prose had a memory that grew with
 # the stream, too, and prose's had its n-grams in the score alone, which is 0.0047 worse. The FineWeb presets
-# and mini's have not run on a GPU yet. The former follow Slowrun's published scripts; records/transfer.md says
-# where they differ.
+# and mini's have not run on a GPU yet. The former follow Slowrun's published scripts; records/transfer.md
+# says where they differ.
 PRESETS = {
     "pocket": POCKET | dict(epochs=6.9, evals=4) | dict(ngrams="1,2,3,4,5,6,8,11,15,20,28,40"),
     "pocket_unlimited": POCKET | dict(epochs=6.0, members=3, distill_alpha=0.4),
