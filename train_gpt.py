@@ -161,7 +161,7 @@ DEEP = (
 # and mini's have not run on a GPU yet. The former follow Slowrun's published scripts; records/transfer.md
 # says where they differ.
 PRESETS = {
-    "pocket": POCKET | dict(epochs=6.9, evals=4) | dict(ngrams="1,2,3,4,5,6,8,11,15,20,28,40"),
+    "pocket": POCKET | dict(epochs=6.9, evals=4, ngrams="1,2,3,4,5,6,8,11,15,20,28,40"),
     "pocket_unlimited": POCKET | dict(epochs=6.0, members=3, distill_alpha=0.4),
     "prose": PROSE,
     "prose_unlimited": PROSE | dict(ngrams="", members=2, distill_alpha=0.4),
