@@ -116,6 +116,7 @@ class Config:
     warmdown: float = 0.6  # last fraction of training, over which they fall to zero
     # scoring, evaluation, housekeeping
     score_stride: int = 0  # tokens between the starts of scoring windows, which may overlap; 0: seq_len
+    calibrate: bool = False  # weigh stronger and weaker logits by their loss on the stream so far
     evals: int = 8  # evaluations per model, the final score included
     eval_windows: int = 40  # windows of seq_len tokens in an evaluation, spread over the validation stream
     save_every: int = 100  # steps between checkpoints
@@ -134,7 +135,7 @@ POCKET = LOOK_UP | MTP_IHA | dict(ema=0.99, weight_decay=0.25, score_stride=256)
 PROSE = (
     POCKET
     | dict(data="prose", epochs=5.7, evals=4, score_stride=0)
-    | dict(ngrams="1,2,3,4,5,6,8,11,15,20,28")
+    | dict(ngrams="1,2,3,4,5,6,8,11,15,20,28", calibrate=True)
 )
 
 FINEWEB = (
@@ -156,15 +157,13 @@ DEEP = (
     | dict(weight_decay=1.3, loop_first=15, loop_last=20)
 )
 
-# The recipe of each track's standing record, where there is one. Those of prose had a memory that grew with
-# the stream, too, and prose's had its n-grams in the score alone, which is 0.0047 worse. The FineWeb presets
-# and mini's have not run on a GPU yet. The former follow Slowrun's published scripts; records/transfer.md
-# says where they differ.
+# The recipe of each track's standing record, where there is one. The FineWeb presets and mini's have not run
+# on a GPU yet. The former follow Slowrun's published scripts; records/transfer.md says where they differ.
 PRESETS = {
     "pocket": POCKET | dict(epochs=6.9, evals=4, ngrams="1,2,3,4,5,6,8,11,15,20,28,40"),
     "pocket_unlimited": POCKET | dict(epochs=6.0, members=3, distill_alpha=0.4),
     "prose": PROSE,
-    "prose_unlimited": PROSE | dict(ngrams="", members=2, distill_alpha=0.4),
+    "prose_unlimited": PROSE | dict(members=2, distill_alpha=0.4),
     "mini": MTP_IHA
     | dict(data="mini", train_tokens=10_000_000, window_short=512, ema=0.995, dropout=0.1)
     | dict(n_layer=12, n_embd=768, n_head=6, mlp_hidden=2112)
@@ -187,7 +186,8 @@ def model_configs(c):
     if not c.student:
         return members
     of_the_run = (
-        "track data train_tokens vocab_size bos_id seed members chains student recall memory ngrams softcap"
+        "track data train_tokens vocab_size bos_id seed members chains student recall memory ngrams softcap "
+        "calibrate"
     )
     names = Config.__dataclass_fields__.keys() - of_the_run.split()
     # A student begins where its teachers ended: past the bags, with its loops on from the first step.
@@ -650,12 +650,22 @@ def logit_parts(p, h, inputs, c, m, bag_size=1):
     return LogitParts(h, head, gate, to_device(of_last, m).flatten(0, 1))
 
 
-def make_logits(parts, c):
+class Strength(NamedTuple):
+    """How much the network's logits and the n-grams' log p count."""
+
+    network: float = 1.0  # a factor of the network's logits
+    ngrams: float = 0.0  # what is added to the gate
+
+
+TRAINED = Strength()
+
+
+def make_logits(parts, c, strength=TRAINED):
     """Float32 logits [N, V]: the network's, plus the gate times the n-gram model's log p (2210.14431)."""
-    logits = head_logits(parts.h, parts.head, c)
+    logits = strength.network * head_logits(parts.h, parts.head, c)
     if parts.gate is None:
         return logits
-    return logits - parts.gate * (parts.ngram_nll.float() / UNITS_PER_NAT)
+    return logits - (parts.gate + strength.ngrams) * (parts.ngram_nll.float() / UNITS_PER_NAT)
 
 
 def loss_function(logits, targets, c, teacher_logits=None):
@@ -1591,14 +1601,29 @@ def scoring_windows(length, c):
     return windows
 
 
-@torch.no_grad()
+def strengths(c):
+    """The strengths that are scored, the trained one first. A network that has read its training tokens many
+    times is too sure of itself on others, and n-grams know more of them than in training, for they count the
+    stream, too. How much, the stream tells (online_mean)."""
+    if not c.calibrate:
+        return [TRAINED]
+    of_ngrams = (0.0, 0.1) if c.ngrams else (0.0,)
+    return [Strength(network, ngrams) for ngrams in of_ngrams for network in (1.0, 0.8)]
+
+
 def stream_nll(p, inputs, c, m):
     """Negative log-likelihood in nats of every token of independent streams, float32 [n_streams, length] on
     every rank. inputs: from Lookup, [n_streams, length, n_inputs(c)]. The first token of a stream has no
     context and gets 0."""
+    return nll_by_strength(p, inputs, c, m, [TRAINED])[0]
+
+
+@torch.no_grad()
+def nll_by_strength(p, inputs, c, m, scored):
+    """stream_nll() at each Strength of `scored`, float32 [len(scored), n_streams, length]."""
     n_streams, length, _ = inputs.shape
     phase = phase_schedule(1.0, c)
-    out = torch.zeros(n_streams, length, device=m.device)
+    out = torch.zeros(len(scored), n_streams, length, device=m.device)
     # Each window is (stream, start, T, new).
     windows = [(row, *window) for row in range(n_streams) for window in scoring_windows(length, c)]
     windows.sort(key=lambda window: -window[2])  # those of one length are scored together
@@ -1612,19 +1637,21 @@ def stream_nll(p, inputs, c, m):
             ids = torch.from_numpy(ids.astype(np.int64))
             x = ids[:, :-1]
             h = forward(p, x, c, m, phase).flatten(0, 1)
+            parts = logit_parts(p, h, x, c, m)
             targets = to_device(ids[:, 1:, 0], m).flatten()
-            nll = token_nll(logit_parts(p, h, x, c, m), targets, c).view(len(part), T)
-            for (row, start, _, new), values in zip(part, nll, strict=True):
-                out[row, new : start + T + 1] = values[new - start - 1 :]
+            nll = torch.stack([token_nll(parts, targets, c, strength) for strength in scored])
+            nll = nll.view(len(scored), len(part), T)
+            for k, (row, start, _, new) in enumerate(part):
+                out[:, row, new : start + T + 1] = nll[:, k, new - start - 1 :]
     return all_reduce(m, out).cpu().numpy()
 
 
-def token_nll(parts, targets, c):
+def token_nll(parts, targets, c, strength=TRAINED):
     """-log p(target) of every token in nats, float32 [N], chunk by chunk. parts: LogitParts; targets [N]."""
     losses = []
     for i in range(0, len(targets), c.loss_chunk):
         rows = slice(i, i + c.loss_chunk)
-        logits = make_logits(parts.chunk(rows), c)
+        logits = make_logits(parts.chunk(rows), c, strength)
         losses.append(F.cross_entropy(logits, targets[rows], reduction="none"))
     return torch.cat(losses)
 
@@ -1642,19 +1669,38 @@ def add_model(total, nll):
     return -np.logaddexp(-total, -nll.astype(np.float64))
 
 
+def online_mean(nll, decay=0.999):
+    """NLL under a weighted mean of the probabilities that several scorers give to the same tokens, float64
+    [n_streams, length]. nll: theirs, [n_scorers, n_streams, length]. At each token, a scorer's weight is
+    proportional to exp(-its loss on the stream so far), in which a loss counts `decay` times as much with
+    each token that follows."""
+    loss_so_far = np.zeros(nll.shape[:2])
+    mean = np.empty(nll.shape[1:])
+    for i in range(nll.shape[2]):
+        log_weight = -loss_so_far - np.logaddexp.reduce(-loss_so_far)
+        mean[:, i] = -np.logaddexp.reduce(log_weight - nll[:, :, i])
+        loss_so_far = decay * loss_so_far + nll[:, :, i]
+    return mean
+
+
 def run_nll(folder, inputs, c, m, show=None):
-    """NLL of every token under the mean probability of a run's models, float64 [n_streams, length]. inputs:
-    from Lookup. One model is in memory at a time."""
+    """NLL of every token under the mean probability of a run's models, with c.calibrate the online_mean() of
+    several strengths, float64 [n_streams, length]. inputs: from Lookup. One model is in memory at a time."""
     total = np.inf
-    scored = scored_models(c)
-    for n, (number, c_model) in enumerate(scored, start=1):
-        nll = stream_nll(load_weights(folder, number, c_model, m), inputs, c_model, m)
+    models = scored_models(c)
+    for n, (number, c_model) in enumerate(models, start=1):
+        p = load_weights(folder, number, c_model, m)
+        nll = nll_by_strength(p, inputs, c_model, m, strengths(c))
         require(np.isfinite(nll).all(), f"{folder}: model {number + 1} predicts NaN; train it again")
         total = add_model(total, nll)
-        if show and len(scored) > 1:
-            together = f"the members so far together: {mean_nll(total + math.log(n)):.6f} nats per token"
-            show(f"member {number + 1} alone: {mean_nll(nll):.6f}; {together}")
-    total = np.maximum(0, total + math.log(len(scored)))  # a mean probability is at most 1, up to rounding
+        if show and len(models) > 1:
+            together = f"the members so far together: {mean_nll(total[0] + math.log(n)):.6f} nats per token"
+            show(f"member {number + 1} alone: {mean_nll(nll[0]):.6f}; {together}")
+    total = total + math.log(len(models))
+    if show and c.calibrate:
+        show(f"without calibration: {mean_nll(total[0]):.6f} nats per token")
+    total = online_mean(total) if c.calibrate else total[0]
+    total = np.maximum(0, total)  # a mean probability is at most 1, up to rounding
     total[:, 0] = 0
     return total
 

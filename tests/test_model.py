@@ -28,6 +28,7 @@ from reference import (
 pytestmark = pytest.mark.reference
 
 LOOK_UP = dict(recall="1,2", memory="1,2")
+SCORED = {"plain": {}, "look-ups": LOOK_UP, "calibrated": LOOK_UP | dict(ngrams="1,2", calibrate=True)}
 
 
 def forward(p, x, c, m, phase, **kwargs):
@@ -36,11 +37,15 @@ def forward(p, x, c, m, phase, **kwargs):
 
 
 def stream_nll(p, x, c, m):
-    """Of tokens [n_streams, length] and what they look up, also among some made-up training tokens."""
+    """Of tokens [n_streams, length] and what they look up, also among some made-up training tokens; as
+    run_nll() scores a single model."""
     known = np.random.default_rng(5).integers(0, 256, 300).astype(np.uint16)
     known[[0, 100]] = BOS
     x = np.asarray(x)
-    return t.stream_nll(p, t.Lookup(known, c).inputs(x), c, m)
+    inputs = t.Lookup(known, c).inputs(x)
+    nll = t.online_mean(t.nll_by_strength(p, inputs, c, m, t.strengths(c)))
+    nll[:, 0] = 0
+    return nll
 
 
 # ---- attention
@@ -443,12 +448,12 @@ def test_starts_are_drawn_from_the_seed():
 # ---- invariants of the benchmark
 
 
-@pytest.mark.parametrize("look_up", [{}, LOOK_UP], ids=["plain", "look-ups"])
+@pytest.mark.parametrize("changes", SCORED.values(), ids=SCORED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_no_token_sees_its_future(dtype, look_up):
+def test_no_token_sees_its_future(dtype, changes):
     """Every position of a stream of several windows, window edges included: what comes later changes nothing
     before."""
-    c = config(**look_up)
+    c = config(**changes)
     m = make_machine(dtype=dtype)
     p = make_params(c)
     x = random_tokens(1, 200).cpu().numpy()
@@ -463,10 +468,10 @@ def test_no_token_sees_its_future(dtype, look_up):
         assert after[0, at] != before[0, at]
 
 
-@pytest.mark.parametrize("look_up", [{}, LOOK_UP], ids=["plain", "look-ups"])
-def test_probabilities_sum_to_one(exact, look_up):
+@pytest.mark.parametrize("changes", SCORED.values(), ids=SCORED)
+def test_probabilities_sum_to_one(exact, changes):
     """Rows that share a prefix and go through the whole vocabulary."""
-    c = config(**look_up)
+    c = config(**changes)
     p = make_params(c)
     for length in (2, 40, 66):
         streams = random_tokens(1, length).cpu().numpy().repeat(257, 0)
@@ -475,10 +480,10 @@ def test_probabilities_sum_to_one(exact, look_up):
         assert np.exp(-nll[:, -1]).sum() == pytest.approx(1, rel=EXACT["rtol"])
 
 
-@pytest.mark.parametrize("look_up", [{}, LOOK_UP], ids=["plain", "look-ups"])
-def test_rows_are_scored_independently(exact, look_up):
+@pytest.mark.parametrize("changes", SCORED.values(), ids=SCORED)
+def test_rows_are_scored_independently(exact, changes):
     """Alone, in company, and in another order."""
-    c = config(**look_up)
+    c = config(**changes)
     m = make_machine()
     p = make_params(c)
     x = random_tokens(7, 150).cpu().numpy()
@@ -877,6 +882,30 @@ def test_gradients_add_up_in_float32():
         if entry.n_stack:
             assert together[name].dtype == torch.float32
             assert torch.equal(together[name], apart[0][name] + apart[1][name]), name
+
+
+def test_a_strength_scales_the_logits_and_shifts_the_gate(exact):
+    c = config(vocab_size=20, loss_chunk=7, ngrams="1")
+    h, w = hidden_and_head(30, 8, 20)
+    device = h.device
+    gate = torch.randn(30, 1, device=device)
+    ngram_nll = torch.randint(9 * t.UNITS_PER_NAT, (30, 20), device=device)
+    targets = torch.randint(20, (30,), device=device)
+    parts = t.LogitParts(h, t.padded_head(w, h.dtype), gate, ngram_nll)
+    nll = t.token_nll(parts, targets, c, t.Strength(0.8, 0.1))
+    logits = 0.8 * head_logits(h, w, c) - (gate + 0.1) * ngram_nll / t.UNITS_PER_NAT
+    assert_equal(nll, F.cross_entropy(logits, targets, reduction="none"))
+
+
+def test_the_online_mean_weighs_by_the_loss_so_far():
+    """By the definition, token by token: what a scorer lost `age` tokens ago counts 0.9**age."""
+    nll = np.random.default_rng(0).random((3, 2, 30))
+    mean = t.online_mean(nll, decay=0.9)
+    for i in range(30):
+        age = i - 1 - np.arange(i)
+        weight = np.exp(-(0.9**age * nll[:, :, :i]).sum(-1))
+        expected = (weight * np.exp(-nll[:, :, i])).sum(0) / weight.sum(0)
+        np.testing.assert_allclose(np.exp(-mean[:, i]), expected, **EXACT)
 
 
 def test_the_streaming_ensemble_is_the_plain_mean():

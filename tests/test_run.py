@@ -403,8 +403,10 @@ def test_a_run_follows_its_data(tiny_data, finished_run, tmp_path, monkeypatch):
 
 def test_n_grams_are_part_of_the_score(tiny_data, tmp_path):
     """A score knows the training tokens; the loss is that of the network's logits plus the gate times the
-    n-grams' log-probabilities, and training has moved the gate."""
-    run = train_tiny(tiny_data, tmp_path / "run", "--steps", 3, members=2, ngrams="1,2")
+    n-grams' log-probabilities, and training has moved the gate. Calibrated, that at each strength is averaged
+    over the members before the strengths are weighed."""
+    changes = dict(members=2, ngrams="1,2", calibrate=True)
+    run = train_tiny(tiny_data, tmp_path / "run", "--steps", 3, **changes)
     score = ("--score", run, "--tokens", tiny_data / "val.bin", "--nll", tmp_path / "nll.npy", *PLAIN)
     assert run_main(*score)[0] == 0
     nll = np.load(tmp_path / "nll.npy").astype(np.float64)
@@ -416,7 +418,7 @@ def test_n_grams_are_part_of_the_score(tiny_data, tmp_path):
     counted = torch.from_numpy(t.NgramModel(train_tokens, c).nll(val_tokens[None])[0] / -4096.0)
     x = torch.from_numpy(val_tokens.astype(np.int64))
     columns = torch.zeros(3009, c.vocab_size, dtype=torch.long)
-    members = []
+    members = []  # of each, [4 strengths, 3009]
     for number, c_model in t.scored_models(c):
         p = harness.load_weights(run, number, c_model, m)
         assert p["ngram_gate"].abs().max() > 0
@@ -424,9 +426,15 @@ def test_n_grams_are_part_of_the_score(tiny_data, tmp_path):
         inputs = torch.cat([x[:3009, None], columns], dim=1).split(c.seq_len)
         h = torch.cat([t.forward(p, window[None], c_model, m, phase)[0] for window in inputs])
         gate = 0.25 + h @ p["ngram_gate"].T
-        logits = t.head_logits(h, p["lm_head"], c_model) + gate * counted[:3009]
-        members.append(logits.softmax(-1).gather(1, x[1:, None])[:, 0].numpy())
-    np.testing.assert_allclose(nll[1:], -np.log(np.mean(members, axis=0)), rtol=1e-5, atol=1e-6)
+        logits = t.head_logits(h, p["lm_head"], c_model)
+        members.append([])
+        for network, more in [(1.0, 0.0), (0.8, 0.0), (1.0, 0.1), (0.8, 0.1)]:
+            probs = (network * logits + (gate + more) * counted[:3009]).softmax(-1)
+            members[-1].append(probs.gather(1, x[1:, None])[:, 0].numpy())
+    at_strength = -np.log(np.mean(members, axis=0))
+    np.testing.assert_allclose(nll[1:], t.online_mean(at_strength[:, None])[0], rtol=1e-5, atol=1e-6)
+    (plain,) = reading.read_log(run / "log.txt").of(reading.Without)
+    assert plain.loss == pytest.approx(at_strength[0].mean(), abs=2e-6)
 
 
 def test_n_grams_need_a_small_vocabulary(tiny_data, tmp_path):
