@@ -36,6 +36,7 @@ EVERYTHING = TINY | dict(
     recall="2,4",
     memory="3",
     ngrams="1,2,4",
+    calibrate=True,
     ema=0.9,
 )
 STEPS = 15  # of each member
