@@ -77,6 +77,8 @@ TECHNIQUES = (
 POCKET_NAMES = {"cycles": "swa", "recall": "neither", "memory": "no_memory"}
 
 FINEWEB = "FineWeb (Slowrun)"
+# Where a point's number may stand: (to its right, above it).
+SIDES = ((False, True), (True, True), (False, False), (True, False))
 DRAWS = 10_000
 
 
@@ -180,13 +182,30 @@ def draw_transfer(columns, theme):
     titles = [title for title in columns if title != FINEWEB and columns[title]]
     fig, [axes] = figure(theme, len(titles), 4)
     for ax, title in zip(axes, titles, strict=True):
+        points = {}  # by number
         for number, technique in enumerate(TECHNIQUES, start=1):
             name = technique.name
             if technique.comparable and name in columns[title] and name in columns[FINEWEB]:
                 x, x_error, _, _ = columns[title][name]
                 y, y_error, _, _ = columns[FINEWEB][name]
                 ax.errorbar(x, y, y_error, x_error, "o", color=INK[theme]["blue"], elinewidth=0.8)
-                ax.annotate(number, (x, y), (4, 4), textcoords="offset points", fontsize=9)
+                points[number] = x, y
+        # The numbers of points that are close together go to different sides of them, from the left on.
+        reach = 0.08 * np.ptp(list(points.values()), axis=0)
+        placed = []
+        for number, point in sorted(points.items(), key=lambda item: item[1]):
+            close = sum((abs(np.subtract(other, point)) < reach).all() for other in placed)
+            placed.append(point)
+            right, above = SIDES[close % len(SIDES)]
+            ax.annotate(
+                number,
+                point,
+                (4 if right else -4, 4 if above else -4),
+                textcoords="offset points",
+                fontsize=9,
+                ha="left" if right else "right",
+                va="bottom" if above else "top",
+            )
         for line in (ax.axhline, ax.axvline):
             line(0, color=INK[theme]["text"], linewidth=0.8)
         ax.set(title=title, xlabel="change in loss here")
