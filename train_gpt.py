@@ -650,22 +650,16 @@ def logit_parts(p, h, inputs, c, m, bag_size=1):
     return LogitParts(h, head, gate, to_device(of_last, m).flatten(0, 1))
 
 
-class Strength(NamedTuple):
-    """How much the network's logits and the n-grams' log p count."""
-
-    network: float = 1.0  # a factor of the network's logits
-    ngrams: float = 0.0  # what is added to the gate
-
-
-TRAINED = Strength()
-
-
-def make_logits(parts, c, strength=TRAINED):
-    """Float32 logits [N, V]: the network's, plus the gate times the n-gram model's log p (2210.14431)."""
-    logits = strength.network * head_logits(parts.h, parts.head, c)
+def with_ngrams(logits, parts, more=0.0):
+    """The network's logits [N, V], plus the gate, and `more`, times the n-gram model's log p (2210.14431)."""
     if parts.gate is None:
         return logits
-    return logits - (parts.gate + strength.ngrams) * (parts.ngram_nll.float() / UNITS_PER_NAT)
+    return logits - (parts.gate + more) * (parts.ngram_nll.float() / UNITS_PER_NAT)
+
+
+def make_logits(parts, c):
+    """Float32 logits [N, V]."""
+    return with_ngrams(head_logits(parts.h, parts.head, c), parts)
 
 
 def loss_function(logits, targets, c, teacher_logits=None):
@@ -1601,6 +1595,16 @@ def scoring_windows(length, c):
     return windows
 
 
+class Strength(NamedTuple):
+    """How much the network's logits and the n-grams' log p count in scoring."""
+
+    network: float  # a factor of the network's logits
+    ngrams: float  # what is added to the gate
+
+
+TRAINED = Strength(1.0, 0.0)
+
+
 def strengths(c):
     """The strengths that are scored, the trained one first. A network that has read its training tokens many
     times is too sure of itself on others, and n-grams know more of them than in training, for they count the
@@ -1639,21 +1643,24 @@ def nll_by_strength(p, inputs, c, m, scored):
             h = forward(p, x, c, m, phase).flatten(0, 1)
             parts = logit_parts(p, h, x, c, m)
             targets = to_device(ids[:, 1:, 0], m).flatten()
-            nll = torch.stack([token_nll(parts, targets, c, strength) for strength in scored])
-            nll = nll.view(len(scored), len(part), T)
+            nll = token_nll(parts, targets, c, scored).view(len(scored), len(part), T)
             for k, (row, start, _, new) in enumerate(part):
                 out[:, row, new : start + T + 1] = nll[:, k, new - start - 1 :]
     return all_reduce(m, out).cpu().numpy()
 
 
-def token_nll(parts, targets, c, strength=TRAINED):
-    """-log p(target) of every token in nats, float32 [N], chunk by chunk. parts: LogitParts; targets [N]."""
-    losses = []
+def token_nll(parts, targets, c, scored):
+    """-log p(target) in nats of N tokens at each Strength of `scored`, float32 [len(scored), N], chunk by
+    chunk. parts: LogitParts; targets [N]."""
+    nll = torch.empty(len(scored), len(targets), device=targets.device)
     for i in range(0, len(targets), c.loss_chunk):
         rows = slice(i, i + c.loss_chunk)
-        logits = make_logits(parts.chunk(rows), c, strength)
-        losses.append(F.cross_entropy(logits, targets[rows], reduction="none"))
-    return torch.cat(losses)
+        chunk = parts.chunk(rows)
+        of_network = head_logits(chunk.h, chunk.head, c)
+        for k, strength in enumerate(scored):
+            logits = with_ngrams(strength.network * of_network, chunk, strength.ngrams)
+            nll[k, rows] = F.cross_entropy(logits, targets[rows], reduction="none")
+    return nll
 
 
 def scored_models(c):

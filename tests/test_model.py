@@ -650,7 +650,7 @@ def test_objective_with_n_grams(exact):
     assert logged["kl"] > 1
     for got, x in zip((grad.h, grad.head[:50], grad.gate), weights, strict=True):
         assert_equal(got, x.grad)
-    nll = t.token_nll(parts, targets[:, 0].clamp_min(0), c)
+    nll = t.token_nll(parts, targets[:, 0].clamp_min(0), c, [t.TRAINED])[0]
     expected = logits(a, b, gate).log_softmax(-1).gather(1, targets.clamp_min(0))[:, 0]
     assert_equal(nll, -expected)
 
@@ -765,7 +765,7 @@ def test_objective_never_holds_all_logits():
     targets = torch.randint(997, (2000, 1), device=m.device)
     with Watch():
         chunked(h, w, targets, c, m)
-        t.token_nll(t.LogitParts(h, t.padded_head(w, h.dtype)), targets[:, 0], c)
+        t.token_nll(t.LogitParts(h, t.padded_head(w, h.dtype)), targets[:, 0], c, [t.TRAINED])
     assert max(largest) == 50 * 1000  # in rows of a multiple of 8
 
 
@@ -774,7 +774,7 @@ def test_token_nll_is_the_objective(exact):
     m = make_machine()
     targets = torch.randint(20, (30, 1), device=m.device)
     c = config(vocab_size=20, loss_chunk=7)
-    nll = t.token_nll(t.LogitParts(h, t.padded_head(w, h.dtype)), targets[:, 0], c)
+    nll = t.token_nll(t.LogitParts(h, t.padded_head(w, h.dtype)), targets[:, 0], c, [t.TRAINED])
     assert_equal(nll.sum(), chunked(h, w, targets, c, m)[2]["loss"])
 
 
@@ -892,7 +892,7 @@ def test_a_strength_scales_the_logits_and_shifts_the_gate(exact):
     ngram_nll = torch.randint(9 * t.UNITS_PER_NAT, (30, 20), device=device)
     targets = torch.randint(20, (30,), device=device)
     parts = t.LogitParts(h, t.padded_head(w, h.dtype), gate, ngram_nll)
-    nll = t.token_nll(parts, targets, c, t.Strength(0.8, 0.1))
+    nll = t.token_nll(parts, targets, c, [t.TRAINED, t.Strength(0.8, 0.1)])[1]
     logits = 0.8 * head_logits(h, w, c) - (gate + 0.1) * ngram_nll / t.UNITS_PER_NAT
     assert_equal(nll, F.cross_entropy(logits, targets, reduction="none"))
 
