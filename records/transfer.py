@@ -74,7 +74,7 @@ TECHNIQUES = (
 )
 
 # Ablations on pocket that ask the same question under another name, or the other way around.
-POCKET_NAMES = {"cycles": "swa", "recall": "neither", "memory": "no_memory"}
+POCKET_NAMES = {"recall": "neither", "memory": "no_memory"}
 
 FINEWEB = "FineWeb (Slowrun)"
 # Where a point's number may stand: (to its right, above it).
