@@ -131,11 +131,14 @@ MTP_IHA = dict(mtp_weight=0.3, iha=True)
 # SMALL: a small recipe on the pocket track's data, for a first look on any machine.
 SMALL = LOOK_UP | MTP_IHA | dict(n_layer=3, n_embd=96, mlp_hidden=256, weight_decay=0.25)
 
-POCKET = LOOK_UP | MTP_IHA | dict(ema=0.99, weight_decay=0.25, score_stride=256)
-PROSE = (
-    POCKET
-    | dict(data="prose", epochs=5.7, evals=4, score_stride=0)
-    | dict(ngrams="1,2,3,4,5,6,8,11,15,20,28", calibrate=True)
+POCKET = (
+    LOOK_UP
+    | MTP_IHA
+    | dict(ema=0.99, weight_decay=0.25, epochs=6.9, evals=4, score_stride=256)
+    | dict(ngrams="1,2,3,4,5,6,8,11,15,20,28,40")
+)
+PROSE = POCKET | dict(
+    data="prose", epochs=5.7, score_stride=0, ngrams="1,2,3,4,5,6,8,11,15,20,28", calibrate=True
 )
 
 FINEWEB = (
@@ -160,8 +163,9 @@ DEEP = (
 # The recipe of each track's standing record, where there is one. The FineWeb presets and mini's have not run
 # on a GPU yet. The former follow Slowrun's published scripts; records/transfer.md says where they differ.
 PRESETS = {
-    "pocket": POCKET | dict(epochs=6.9, evals=4, ngrams="1,2,3,4,5,6,8,11,15,20,28,40"),
-    "pocket_unlimited": POCKET | dict(epochs=6.0, members=3, distill_alpha=0.4),
+    "pocket": POCKET,
+    "pocket_unlimited": POCKET
+    | dict(n_embd=256, mlp_hidden=688, weight_decay=0.4, members=3, calibrate=True),
     "prose": PROSE,
     "prose_unlimited": PROSE | dict(members=2, distill_alpha=0.4),
     "mini": MTP_IHA
