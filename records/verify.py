@@ -391,16 +391,16 @@ def verify_rerun(faults, folder, record, config, tracks):
         return
     rules = tracks["tracks"][record["track"]]
     run = record["runs"][0]
-    limit = loss_limit(record, tracks["datasets"][rules["dataset"]])
     for name, found, source in (
         ("claimed", run["val_loss"], "record.json"),
         ("claimed_train_flops", run["train_flops"], "record.json"),
         ("train_flops_limit", train_flops_limit(run, config), "the claims make"),
-        ("limit", limit, "the spread of seeds makes"),
     ):
-        claimed = result[name]
-        agree = claimed == found or (None not in (claimed, found) and same(claimed, found))
-        expect(agree, name, claimed, f"{found} in {source}")
+        expect(same(result[name], found), name, result[name], f"{found} in {source}")
+    # The stated spread changes with the logs of ablations. A limit of a day when it was smaller is stricter.
+    limit = loss_limit(record, tracks["datasets"][rules["dataset"]])
+    strict = limit is None or (result["limit"] is not None and result["limit"] <= limit * (1 + 1e-9))
+    expect(strict, "limit", result["limit"], f"{limit} in the spread of seeds makes")
     day = result["date"]
     in_time = time_has_come(f"{day}T00:00:00Z", day) and day >= record["date"]
     expect(in_time, f"date is {day!r}, not a day from the record's own on that has come")

@@ -49,9 +49,11 @@ CLAIMS = dict(
 @pytest.fixture
 def root(tmp_path):
     """A repository with the rules of this one and a record on pocket at 0.7 nats per token. It asks for no
-    number of seeds: that rule holds from some day on, and the runs here are of the day of the test."""
+    number of seeds: that rule holds from some day on, and the runs here are of the day of the test. Its
+    seeds' spread is a given one: this repository's changes with its logs."""
     tracks = json.loads((ROOT / "records" / "tracks.json").read_text())
     del tracks["tracks"]["pocket"]["seeds"]
+    tracks["datasets"]["pocket"].update(seed_sd=0.00283, seed_df=54)
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "tracks.json").write_text(json.dumps(tracks))
     write_record(tmp_path, "2026-01-01_first", 0.8)
