@@ -552,7 +552,7 @@ def test_an_honest_rerun(rerun_json):
         ({"claimed_train_flops": 1e14}, "claimed_train_flops is claimed"),
         ({"train_flops_limit": 1e16, "train_flops": 1e15}, "train_flops_limit is claimed 1e+16, found"),
         ({"limit": 1.0}, "limit is claimed 1.0, found 0.0"),
-        ({"limit": None}, "limit is claimed None, found 0.0"),
+        ({"limit": None}, "limit is claimed none, found 0.0"),
         ({"date": "2026-01-01"}, "date is '2026-01-01', not a day from the record's own on"),
         ({"date": "2999-01-01"}, "date is '2999-01-01', not a day"),
         ({"date": "yesterday"}, "date is 'yesterday', not a day"),
