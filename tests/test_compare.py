@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
+from runs import SEED_SPREAD
 from test_reading import write_log
 
 sys.path.insert(0, str(ROOT / "records"))
@@ -49,11 +50,10 @@ CLAIMS = dict(
 @pytest.fixture
 def root(tmp_path):
     """A repository with the rules of this one and a record on pocket at 0.7 nats per token. It asks for no
-    number of seeds: that rule holds from some day on, and the runs here are of the day of the test. Its
-    seeds' spread is a given one: this repository's changes with its logs."""
+    number of seeds: that rule holds from some day on, and the runs here are of the day of the test."""
     tracks = json.loads((ROOT / "records" / "tracks.json").read_text())
     del tracks["tracks"]["pocket"]["seeds"]
-    tracks["datasets"]["pocket"].update(seed_sd=0.00283, seed_df=54)
+    tracks["datasets"]["pocket"] |= SEED_SPREAD
     (tmp_path / "records").mkdir()
     (tmp_path / "records" / "tracks.json").write_text(json.dumps(tracks))
     write_record(tmp_path, "2026-01-01_first", 0.8)
