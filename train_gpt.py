@@ -21,6 +21,7 @@ the harness's Machine, run its Run (folder, log, progress), and p the weights, a
 
 import harness  # isort: skip  # first, because it starts the track's clock and sets up OpenMP for torch
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -116,7 +117,7 @@ class Config:
     warmdown: float = 0.6  # last fraction of training, over which they fall to zero
     # scoring, evaluation, housekeeping
     score_stride: int = 0  # tokens between the starts of scoring windows, which may overlap; 0: seq_len
-    calibrate: bool = False  # weigh stronger and weaker logits by their loss on the stream so far
+    online_lr: float = 0.0  # rate at which scoring learns a correction from the stream so far; 0: none
     evals: int = 8  # evaluations per model, the final score included
     eval_windows: int = 40  # windows of seq_len tokens in an evaluation, spread over the validation stream
     save_every: int = 100  # steps between checkpoints
@@ -135,10 +136,10 @@ POCKET = (
     LOOK_UP
     | MTP_IHA
     | dict(ema=0.99, weight_decay=0.25, epochs=6.9, evals=4, score_stride=256)
-    | dict(ngrams="1,2,3,4,5,6,8,11,15,20,28,40")
+    | dict(ngrams="1,2,3,4,5,6,8,11,15,20,28,40", online_lr=0.02)
 )
 PROSE = POCKET | dict(
-    data="prose", epochs=5.7, score_stride=0, ngrams="1,2,3,4,5,6,8,11,15,20,28", calibrate=True
+    data="prose", epochs=5.7, score_stride=0, ngrams="1,2,3,4,5,6,8,11,15,20,28", online_lr=0.01
 )
 
 FINEWEB = (
@@ -164,8 +165,7 @@ DEEP = (
 # on a GPU yet. The former follow Slowrun's published scripts; records/transfer.md says where they differ.
 PRESETS = {
     "pocket": POCKET,
-    "pocket_unlimited": POCKET
-    | dict(n_embd=256, mlp_hidden=688, weight_decay=0.4, members=3, calibrate=True),
+    "pocket_unlimited": POCKET | dict(n_embd=256, mlp_hidden=688, weight_decay=0.4, members=6),
     "prose": PROSE,
     "prose_unlimited": PROSE | dict(members=2, distill_alpha=0.4),
     "mini": MTP_IHA
@@ -191,7 +191,7 @@ def model_configs(c):
         return members
     of_the_run = (
         "track data train_tokens vocab_size bos_id seed members chains student recall memory ngrams softcap "
-        "calibrate"
+        "online_lr"
     )
     names = Config.__dataclass_fields__.keys() - of_the_run.split()
     # A student begins where its teachers ended: past the bags, with its loops on from the first step.
@@ -245,8 +245,10 @@ def check_recipe(c):
         require(different, f"{given(name)}: choose different lengths")
     fit = max([0, *lengths(c.ngrams)]) < c.train_tokens
     require(fit, f"{given('ngrams', 'train_tokens')}: choose lengths below the number of tokens")
-    small = not c.ngrams or c.vocab_size <= 1024
-    require(small, f"{given('ngrams')}: for bytes; {c.vocab_size:,} numbers with each token are too many")
+    require(0 <= c.online_lr <= 1, f"{given('online_lr')}: must be from 0 to 1")
+    for name in ("ngrams", "online_lr"):
+        small = not getattr(c, name) or c.vocab_size <= 1024
+        require(small, f"{given(name)}: for bytes; {c.vocab_size:,} numbers with each token are too many")
     fractions = [fraction for fraction, _ in parse_wd_points(c)] if well_formed_points else []
     rising = well_formed_points and fractions == sorted(fractions)
     require(rising, f"{given('wd_points')}: write rising fraction:multiple pairs, such as 0:1,0.5:0.1,1:1.5")
@@ -654,16 +656,12 @@ def logit_parts(p, h, inputs, c, m, bag_size=1):
     return LogitParts(h, head, gate, to_device(of_last, m).flatten(0, 1))
 
 
-def with_ngrams(logits, parts, more=0.0):
-    """The network's logits [N, V], plus the gate, and `more`, times the n-gram model's log p (2210.14431)."""
+def make_logits(parts, c):
+    """Float32 logits [N, V]: the network's, plus the gate times the n-gram model's log p (2210.14431)."""
+    logits = head_logits(parts.h, parts.head, c)
     if parts.gate is None:
         return logits
-    return logits - (parts.gate + more) * (parts.ngram_nll.float() / UNITS_PER_NAT)
-
-
-def make_logits(parts, c):
-    """Float32 logits [N, V]."""
-    return with_ngrams(head_logits(parts.h, parts.head, c), parts)
+    return logits - parts.gate * (parts.ngram_nll.float() / UNITS_PER_NAT)
 
 
 def loss_function(logits, targets, c, teacher_logits=None):
@@ -1599,39 +1597,14 @@ def scoring_windows(length, c):
     return windows
 
 
-class Strength(NamedTuple):
-    """How much the network's logits and the n-grams' log p count in scoring."""
-
-    network: float  # a factor of the network's logits
-    ngrams: float  # what is added to the gate
-
-
-TRAINED = Strength(1.0, 0.0)
-
-
-def strengths(c):
-    """The strengths that are scored, the trained one first. A network that has read its training tokens many
-    times is too sure of itself on others, and n-grams know more of them than in training, for they count the
-    stream, too. How much, the stream tells (online_mean)."""
-    if not c.calibrate:
-        return [TRAINED]
-    of_ngrams = (0.0, 0.1) if c.ngrams else (0.0,)
-    return [Strength(network, ngrams) for ngrams in of_ngrams for network in (1.0, 0.8)]
-
-
-def stream_nll(p, inputs, c, m):
-    """Negative log-likelihood in nats of every token of independent streams, float32 [n_streams, length] on
-    every rank. inputs: from Lookup, [n_streams, length, n_inputs(c)]. The first token of a stream has no
-    context and gets 0."""
-    return nll_by_strength(p, inputs, c, m, [TRAINED])[0]
-
-
 @torch.no_grad()
-def nll_by_strength(p, inputs, c, m, scored):
-    """stream_nll() at each Strength of `scored`, float32 [len(scored), n_streams, length]."""
+def stream_nll(p, inputs, c, m, of_all=False):
+    """Negative log-likelihood in nats of every token of independent streams, float32 [n_streams, length] on
+    every rank; of_all: of every token that might have come, [n_streams, length, V]. inputs: from Lookup,
+    [n_streams, length, n_inputs(c)]. The first token of a stream has no context and gets 0."""
     n_streams, length, _ = inputs.shape
     phase = phase_schedule(1.0, c)
-    out = torch.zeros(len(scored), n_streams, length, device=m.device)
+    out = torch.zeros(n_streams, length, c.vocab_size if of_all else 1, device=m.device)
     # Each window is (stream, start, T, new).
     windows = [(row, *window) for row in range(n_streams) for window in scoring_windows(length, c)]
     windows.sort(key=lambda window: -window[2])  # those of one length are scored together
@@ -1646,25 +1619,26 @@ def nll_by_strength(p, inputs, c, m, scored):
             x = ids[:, :-1]
             h = forward(p, x, c, m, phase).flatten(0, 1)
             parts = logit_parts(p, h, x, c, m)
-            targets = to_device(ids[:, 1:, 0], m).flatten()
-            nll = token_nll(parts, targets, c, scored).view(len(scored), len(part), T)
+            targets = None if of_all else to_device(ids[:, 1:, 0], m).flatten()
+            nll = token_nll(parts, targets, c).view(len(part), T, -1)
             for k, (row, start, _, new) in enumerate(part):
-                out[:, row, new : start + T + 1] = nll[:, k, new - start - 1 :]
-    return all_reduce(m, out).cpu().numpy()
+                out[row, new : start + T + 1] = nll[k, new - start - 1 :]
+    out = all_reduce(m, out).cpu().numpy()
+    return out if of_all else out[:, :, 0]
 
 
-def token_nll(parts, targets, c, scored):
-    """-log p(target) in nats of N tokens at each Strength of `scored`, float32 [len(scored), N], chunk by
-    chunk. parts: LogitParts; targets [N]."""
-    nll = torch.empty(len(scored), len(targets), device=targets.device)
-    for i in range(0, len(targets), c.loss_chunk):
+def token_nll(parts, targets, c):
+    """-log p(target) in nats of N tokens, float32 [N], chunk by chunk. parts: LogitParts; targets: [N], or
+    None for all that might come: [N, V]."""
+    chunks = []
+    for i in range(0, len(parts.h), c.loss_chunk):
         rows = slice(i, i + c.loss_chunk)
-        chunk = parts.chunk(rows)
-        of_network = head_logits(chunk.h, chunk.head, c)
-        for k, strength in enumerate(scored):
-            logits = with_ngrams(strength.network * of_network, chunk, strength.ngrams)
-            nll[k, rows] = F.cross_entropy(logits, targets[rows], reduction="none")
-    return nll
+        logits = make_logits(parts.chunk(rows), c)
+        if targets is None:
+            chunks.append(-logits.log_softmax(-1))
+        else:
+            chunks.append(F.cross_entropy(logits, targets[rows], reduction="none"))
+    return torch.cat(chunks)
 
 
 def scored_models(c):
@@ -1677,43 +1651,73 @@ def scored_models(c):
 def add_model(total, nll):
     """total: -log of the sum of the probabilities of the models so far (np.inf: of none). Returns it with one
     model added. For the mean over n models, add log(n)."""
-    return -np.logaddexp(-total, -nll.astype(np.float64))
-
-
-def online_mean(nll, decay=0.999):
-    """NLL under a weighted mean of the probabilities that several scorers give to the same tokens, float64
-    [n_streams, length]. nll: theirs, [n_scorers, n_streams, length]. At each token, a scorer's weight is
-    proportional to exp(-its loss on the stream so far), in which a loss counts `decay` times as much with
-    each token that follows."""
-    loss_so_far = np.zeros(nll.shape[:2])
-    mean = np.empty(nll.shape[1:])
-    for i in range(nll.shape[2]):
-        log_weight = -loss_so_far - np.logaddexp.reduce(-loss_so_far)
-        mean[:, i] = -np.logaddexp.reduce(log_weight - nll[:, :, i])
-        loss_so_far = decay * loss_so_far + nll[:, :, i]
-    return mean
+    return -np.logaddexp(-total, -nll)
 
 
 def run_nll(folder, inputs, c, m, show=None):
-    """NLL of every token under the mean probability of a run's models, with c.calibrate the online_mean() of
-    several strengths, float64 [n_streams, length]. inputs: from Lookup. One model is in memory at a time."""
+    """NLL of every token under the mean probability of a run's models, with c.online_lr corrected by
+    online_nll(), float64 [n_streams, length]. inputs: from Lookup. One model is in memory at a time."""
+
+    def of_tokens(nll):  # one number for each token, from one for every token that might have come
+        return np.take_along_axis(nll, inputs[:, :, :1].astype(np.int64), -1)[:, :, 0] if c.online_lr else nll
+
     total = np.inf
     models = scored_models(c)
     for n, (number, c_model) in enumerate(models, start=1):
         p = load_weights(folder, number, c_model, m)
-        nll = nll_by_strength(p, inputs, c_model, m, strengths(c))
+        nll = stream_nll(p, inputs, c_model, m, of_all=c.online_lr > 0)
         require(np.isfinite(nll).all(), f"{folder}: model {number + 1} predicts NaN; train it again")
         total = add_model(total, nll)
         if show and len(models) > 1:
-            together = f"the members so far together: {mean_nll(total[0] + math.log(n)):.6f} nats per token"
-            show(f"member {number + 1} alone: {mean_nll(nll[0]):.6f}; {together}")
-    total = total + math.log(len(models))
-    if show and c.calibrate:
-        show(f"without calibration: {mean_nll(total[0]):.6f} nats per token")
-    total = online_mean(total) if c.calibrate else total[0]
+            together = mean_nll(of_tokens(total) + math.log(n))
+            together = f"the members so far together: {together:.6f} nats per token"
+            show(f"member {number + 1} alone: {mean_nll(of_tokens(nll)):.6f}; {together}")
+    total += math.log(len(models))
+    if show and c.online_lr:
+        show(f"without learning from the stream: {mean_nll(of_tokens(total)):.6f} nats per token")
+    total = online_nll(total, inputs, c) if c.online_lr else total.astype(np.float64)
     total = np.maximum(0, total)  # a mean probability is at most 1, up to rounding
     total[:, 0] = 0
     return total
+
+
+MAX_CONTEXT = 3  # tokens of context that a bias in online_nll() has at most
+WEIGHT_LR = 0.025  # the rate of a and b there, times c.online_lr: their gradients are sums over V
+
+
+def online_nll(nll, inputs, c):
+    """NLL in nats of the tokens of independent streams under a prediction that learns from each token once it
+    is scored, float64 [n_streams, length]. nll: -log p of every token that might have come, [n_streams,
+    length, V]. inputs: from Lookup.
+
+    The logits are a * log p + b * log p of the n-grams + the biases of the last 0, 1, 2 and 3 tokens. a,
+    which begins at 1, and b are learned over the stream, the biases [V] over a document. After each token,
+    all take a step of gradient descent: dynamic evaluation (1709.07432) of the output alone."""
+    out = np.zeros(nll.shape[:2])
+    for stream, tokens in enumerate(inputs[:, :, 0]):
+        weights = np.array([1.0, 0.0])
+        document = 0  # where it begins
+        biases = collections.defaultdict(lambda: np.zeros(c.vocab_size))
+        for i in tqdm(range(1, len(tokens)), "learning", unit="token", delay=3, leave=False, disable=None):
+            if tokens[i - 1] == c.bos_id:
+                document = i - 1
+                biases.clear()
+            log_p = np.zeros((2, c.vocab_size))
+            log_p[0] = -nll[stream, i]
+            if c.ngrams:
+                log_p[1] = inputs[stream, i - 1, -c.vocab_size :] / -UNITS_PER_NAT
+            contexts = [tokens[i - n : i].tobytes() for n in range(min(MAX_CONTEXT, i - document) + 1)]
+            logits = weights @ log_p + sum(biases[context] for context in contexts)
+            logits -= logits.max()
+            p = np.exp(logits)
+            total = p.sum()
+            out[stream, i] = math.log(total) - logits[tokens[i]]
+            error = p / total  # the gradient of the logits
+            error[tokens[i]] -= 1
+            weights -= WEIGHT_LR * c.online_lr * (log_p @ error)
+            for context in contexts:
+                biases[context] -= c.online_lr * error
+    return out
 
 
 def mean_nll(nll):

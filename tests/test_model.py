@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -28,7 +29,7 @@ from reference import (
 pytestmark = pytest.mark.reference
 
 LOOK_UP = dict(recall="1,2", memory="1,2")
-SCORED = {"plain": {}, "look-ups": LOOK_UP, "calibrated": LOOK_UP | dict(ngrams="1,2", calibrate=True)}
+SCORED = {"plain": {}, "look-ups": LOOK_UP, "learning": LOOK_UP | dict(ngrams="1,2", online_lr=0.1)}
 
 
 def forward(p, x, c, m, phase, **kwargs):
@@ -43,9 +44,9 @@ def stream_nll(p, x, c, m):
     known[[0, 100]] = BOS
     x = np.asarray(x)
     inputs = t.Lookup(known, c).inputs(x)
-    nll = t.online_mean(t.nll_by_strength(p, inputs, c, m, t.strengths(c)))
-    nll[:, 0] = 0
-    return nll
+    if c.online_lr:
+        return t.online_nll(t.stream_nll(p, inputs, c, m, of_all=True), inputs, c)
+    return t.stream_nll(p, inputs, c, m)
 
 
 # ---- attention
@@ -650,7 +651,7 @@ def test_objective_with_n_grams(exact):
     assert logged["kl"] > 1
     for got, x in zip((grad.h, grad.head[:50], grad.gate), weights, strict=True):
         assert_equal(got, x.grad)
-    nll = t.token_nll(parts, targets[:, 0].clamp_min(0), c, [t.TRAINED])[0]
+    nll = t.token_nll(parts, targets[:, 0].clamp_min(0), c)
     expected = logits(a, b, gate).log_softmax(-1).gather(1, targets.clamp_min(0))[:, 0]
     assert_equal(nll, -expected)
 
@@ -765,7 +766,7 @@ def test_objective_never_holds_all_logits():
     targets = torch.randint(997, (2000, 1), device=m.device)
     with Watch():
         chunked(h, w, targets, c, m)
-        t.token_nll(t.LogitParts(h, t.padded_head(w, h.dtype)), targets[:, 0], c, [t.TRAINED])
+        t.token_nll(t.LogitParts(h, t.padded_head(w, h.dtype)), targets[:, 0], c)
     assert max(largest) == 50 * 1000  # in rows of a multiple of 8
 
 
@@ -774,7 +775,7 @@ def test_token_nll_is_the_objective(exact):
     m = make_machine()
     targets = torch.randint(20, (30, 1), device=m.device)
     c = config(vocab_size=20, loss_chunk=7)
-    nll = t.token_nll(t.LogitParts(h, t.padded_head(w, h.dtype)), targets[:, 0], c, [t.TRAINED])
+    nll = t.token_nll(t.LogitParts(h, t.padded_head(w, h.dtype)), targets[:, 0], c)
     assert_equal(nll.sum(), chunked(h, w, targets, c, m)[2]["loss"])
 
 
@@ -884,28 +885,49 @@ def test_gradients_add_up_in_float32():
             assert torch.equal(together[name], apart[0][name] + apart[1][name]), name
 
 
-def test_a_strength_scales_the_logits_and_shifts_the_gate(exact):
-    c = config(vocab_size=20, loss_chunk=7, ngrams="1")
-    h, w = hidden_and_head(30, 8, 20)
-    device = h.device
-    gate = torch.randn(30, 1, device=device)
-    ngram_nll = torch.randint(9 * t.UNITS_PER_NAT, (30, 20), device=device)
-    targets = torch.randint(20, (30,), device=device)
-    parts = t.LogitParts(h, t.padded_head(w, h.dtype), gate, ngram_nll)
-    nll = t.token_nll(parts, targets, c, [t.TRAINED, t.Strength(0.8, 0.1)])[1]
-    logits = 0.8 * head_logits(h, w, c) - (gate + 0.1) * ngram_nll / t.UNITS_PER_NAT
-    assert_equal(nll, F.cross_entropy(logits, targets, reduction="none"))
+def test_of_all_tokens_each_is_what_it_is_alone(exact):
+    c = config(ngrams="1")
+    p = make_params(c)
+    x = np.asarray(random_tokens(2, 150).cpu())
+    inputs = t.Lookup(np.arange(300, dtype=np.uint16) % 256, c).inputs(x)
+    m = make_machine()
+    of_all = t.stream_nll(p, inputs, c, m, of_all=True)
+    assert of_all.shape == (2, 150, c.vocab_size)
+    alone = np.take_along_axis(of_all, inputs[:, :, :1].astype(np.int64), 2)[:, :, 0]
+    np.testing.assert_allclose(alone, t.stream_nll(p, inputs, c, m), **EXACT)
+    np.testing.assert_allclose(np.exp(-of_all[:, 1:]).sum(-1), 1, rtol=1e-5)
 
 
-def test_the_online_mean_weighs_by_the_loss_so_far():
-    """By the definition, token by token: what a scorer lost `age` tokens ago counts 0.9**age."""
-    nll = np.random.default_rng(0).random((3, 2, 30))
-    mean = t.online_mean(nll, decay=0.9)
-    for i in range(30):
-        age = i - 1 - np.arange(i)
-        weight = np.exp(-(0.9**age * nll[:, :, :i]).sum(-1))
-        expected = (weight * np.exp(-nll[:, :, i])).sum(0) / weight.sum(0)
-        np.testing.assert_allclose(np.exp(-mean[:, i]), expected, **EXACT)
+def test_learning_from_the_stream_descends_the_loss():
+    """By autograd, with all parameters and all tokens' contexts as one-hot features, token by token: two
+    weights, and a bias for each context of at most three tokens, which begin anew with each document."""
+    rng = np.random.default_rng(0)
+    c = config(vocab_size=5, bos_id=4, ngrams="1", online_lr=0.3)
+    tokens = rng.integers(0, 4, 80)
+    tokens[[0, 25, 26, 60]] = 4
+    counted = rng.integers(0, 5 * t.UNITS_PER_NAT, (80, 5))
+    inputs = np.concatenate([tokens[:, None], counted], axis=1).astype(np.uint16)
+    log_p = np.log(rng.dirichlet(np.ones(5), 80))
+    got = t.online_nll(-log_p[None], inputs[None], c)[0]
+
+    contexts = {"".join(word) for n in range(4) for word in itertools.product("01234", repeat=n)}
+    number = {word: k for k, word in enumerate(sorted(contexts))}
+    weights = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    biases = torch.zeros(len(number), 5, dtype=torch.float64, requires_grad=True)
+    words = "".join(map(str, tokens))
+    assert got[0] == 0
+    for i in range(1, 80):
+        begin = words.rindex("4", 0, i)
+        if begin == i - 1:
+            biases.data.zero_()
+        rows = [number[words[i - n : i]] for n in range(4) if i - n >= begin]
+        features = torch.tensor(np.stack([log_p[i], counted[i - 1] / -4096]))
+        loss = -(weights @ features + biases[rows].sum(0)).log_softmax(-1)[tokens[i]]
+        assert got[i] == pytest.approx(loss.item(), rel=1e-9), i
+        weights.grad = biases.grad = None
+        loss.backward()
+        weights.data -= 0.025 * 0.3 * weights.grad
+        biases.data -= 0.3 * biases.grad
 
 
 def test_the_streaming_ensemble_is_the_plain_mean():

@@ -36,7 +36,7 @@ EVERYTHING = TINY | dict(
     recall="2,4",
     memory="3",
     ngrams="1,2,4",
-    calibrate=True,
+    online_lr=0.1,
     ema=0.9,
 )
 STEPS = 15  # of each member

@@ -403,9 +403,9 @@ def test_a_run_follows_its_data(tiny_data, finished_run, tmp_path, monkeypatch):
 
 def test_n_grams_are_part_of_the_score(tiny_data, tmp_path):
     """A score knows the training tokens; the loss is that of the network's logits plus the gate times the
-    n-grams' log-probabilities, and training has moved the gate. Calibrated, that at each strength is averaged
-    over the members before the strengths are weighed."""
-    changes = dict(members=2, ngrams="1,2", calibrate=True)
+    n-grams' log-probabilities, and training has moved the gate. The members' mean is
+    what learns from the stream."""
+    changes = dict(members=2, ngrams="1,2", online_lr=0.1)
     run = train_tiny(tiny_data, tmp_path / "run", "--steps", 3, **changes)
     score = ("--score", run, "--tokens", tiny_data / "val.bin", "--nll", tmp_path / "nll.npy", *PLAIN)
     assert run_main(*score)[0] == 0
@@ -418,7 +418,7 @@ def test_n_grams_are_part_of_the_score(tiny_data, tmp_path):
     counted = torch.from_numpy(t.NgramModel(train_tokens, c).nll(val_tokens[None])[0] / -4096.0)
     x = torch.from_numpy(val_tokens.astype(np.int64))
     columns = torch.zeros(3009, c.vocab_size, dtype=torch.long)
-    members = []  # of each, [4 strengths, 3009]
+    members = []  # of each, p [3009, V]
     for number, c_model in t.scored_models(c):
         p = harness.load_weights(run, number, c_model, m)
         assert p["ngram_gate"].abs().max() > 0
@@ -427,24 +427,24 @@ def test_n_grams_are_part_of_the_score(tiny_data, tmp_path):
         h = torch.cat([t.forward(p, window[None], c_model, m, phase)[0] for window in inputs])
         gate = 0.25 + h @ p["ngram_gate"].T
         logits = t.head_logits(h, p["lm_head"], c_model)
-        members.append([])
-        for network, more in [(1.0, 0.0), (0.8, 0.0), (1.0, 0.1), (0.8, 0.1)]:
-            probs = (network * logits + (gate + more) * counted[:3009]).softmax(-1)
-            members[-1].append(probs.gather(1, x[1:, None])[:, 0].numpy())
-    at_strength = -np.log(np.mean(members, axis=0))
-    np.testing.assert_allclose(nll[1:], t.online_mean(at_strength[:, None])[0], rtol=1e-5, atol=1e-6)
+        members.append((logits + gate * counted[:3009]).softmax(-1).numpy())
+    of_all = np.pad(-np.log(np.mean(members, axis=0)), ((1, 0), (0, 0)))
+    inputs = np.concatenate([val_tokens[:, None], counted * -4096.0], axis=1).astype(np.uint16)
+    learning = t.online_nll(of_all[None], inputs[None], c)[0]
+    np.testing.assert_allclose(nll[1:], learning[1:], rtol=1e-5, atol=1e-6)
     (plain,) = reading.read_log(run / "log.txt").of(reading.Without)
-    assert plain.loss == pytest.approx(at_strength[0].mean(), abs=2e-6)
+    assert plain.loss == pytest.approx(of_all[np.arange(1, 3010), val_tokens[1:]].mean(), abs=2e-6)
 
 
-def test_n_grams_need_a_small_vocabulary(tiny_data, tmp_path):
-    """Which one it is, the data says. With 50,257 tokens, the inputs would not fit into any memory."""
+def test_n_grams_and_learning_from_the_stream_need_a_small_vocabulary(tiny_data, tmp_path):
+    """Which one it is, the data says. Of 50,257 tokens, a number for each would not fit into any memory."""
     data = shutil.copytree(tiny_data, tmp_path / "data")
     meta = json.loads((data / "meta.json").read_text())
     (data / "meta.json").write_text(json.dumps(meta | {"vocab_size": 2000}))
-    words = [*options(**TINY, data=data), "--run_dir", tmp_path / "run", *PLAIN, "--ngrams", "1,2"]
-    assert_refused(run_main(*words), "--ngrams 1,2")
-    assert not (tmp_path / "run").exists()
+    for option, value in [("--ngrams", "1,2"), ("--online_lr", "0.1")]:
+        words = [*options(**TINY, data=data), "--run_dir", tmp_path / "run", *PLAIN, option, value]
+        assert_refused(run_main(*words), f"{option} {value}")
+        assert not (tmp_path / "run").exists()
 
 
 def test_a_score_follows_the_data_and_the_machine(tiny_data, tmp_path):
