@@ -161,11 +161,13 @@ DEEP = (
     | dict(weight_decay=1.3, loop_first=15, loop_last=20)
 )
 
-# The recipe of each track's standing record, where there is one. The FineWeb presets and mini's have not run
-# on a GPU yet. The former follow Slowrun's published scripts; records/transfer.md says where they differ.
+# The recipe of each track's standing record, where there is one. The records of pocket_unlimited, prose and
+# prose_unlimited calibrate on the stream, which online_lr does better and has replaced. The FineWeb presets
+# and mini's have not run on a GPU yet. The former follow Slowrun's published scripts; records/transfer.md
+# says where they differ.
 PRESETS = {
     "pocket": POCKET,
-    "pocket_unlimited": POCKET | dict(n_embd=256, mlp_hidden=688, weight_decay=0.4, members=6),
+    "pocket_unlimited": POCKET | dict(n_embd=256, mlp_hidden=688, weight_decay=0.4, members=3),
     "prose": PROSE,
     "prose_unlimited": PROSE | dict(members=2, distill_alpha=0.4),
     "mini": MTP_IHA
