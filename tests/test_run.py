@@ -1235,7 +1235,7 @@ def test_chains_trained_apart(tiny_data, tmp_path):
     inputs = t.Lookup(train_tokens[: c.train_tokens], c).inputs(val_tokens[None])
     members = [t.stream_nll(harness.load_weights(joined, k, c, m), inputs, c, m)[0] for k in range(4)]
     mean = -np.log(np.mean(np.exp(-np.array(members, np.float64)), axis=0))
-    assert record["val_loss"] == pytest.approx(mean.sum() / 3009, rel=EXACT["rtol"])
+    assert record["val_loss"] == pytest.approx(mean.sum() / 3009, rel=1e-8)  # added up in float32
 
     assert run_main("--resume", joined, "--members", 6, *PLAIN)[0] == 2  # which chain would it be?
     assert run_main("--resume", joined, "--student", CHAIN["student"], *PLAIN)[0] == 0
