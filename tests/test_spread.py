@@ -96,10 +96,10 @@ def test_recipes_on_little_text_do_not_count(write_run, tmp_path):
 def test_groups_are_pooled_by_their_degrees_of_freedom():
     """Of those that count; no spread is told from too few."""
     two = spread.Group("a", {0: 0.7, 1: 0.71, 2: 0.72}, True)
-    eight = spread.Group("b", dict.fromkeys(range(9), 0.7), True)
+    eighteen = spread.Group("b", dict.fromkeys(range(19), 0.7), True)
     other = spread.Group("c", {0: 0.7, 1: 0.8, 2: 0.9}, False)
-    assert spread.pooled([two, eight, other]) == (pytest.approx(math.sqrt(2 * 1e-4 / 10)), 10)
-    assert spread.pooled([two] * 4) == (0.0, 0)
+    assert spread.pooled([two, eighteen, other]) == (pytest.approx(math.sqrt(2 * 1e-4 / 20)), 20)
+    assert spread.pooled([two] * 9) == (0.0, 0)
     assert spread.pooled([]) == (0.0, 0)
 
 
