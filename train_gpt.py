@@ -162,9 +162,9 @@ DEEP = (
 )
 
 # The recipe of each track's standing record, where there is one. The records of pocket_unlimited, prose and
-# prose_unlimited calibrate on the stream, which online_lr does better and has replaced. The FineWeb presets
-# and mini's have not run on a GPU yet. The former follow Slowrun's published scripts; records/transfer.md
-# says where they differ.
+# prose_unlimited were calibrated on the stream; their presets have online_lr instead, which gains more. The
+# FineWeb presets and mini's have not run on a GPU yet. The former follow Slowrun's published scripts;
+# records/transfer.md says where they differ.
 PRESETS = {
     "pocket": POCKET,
     "pocket_unlimited": POCKET | dict(n_embd=256, mlp_hidden=688, weight_decay=0.4, members=3),
@@ -223,7 +223,7 @@ def n_inputs(c):
 
 def check_recipe(c):
     """Refuse what cannot be trained, before anything is loaded. A new field needs no line here; the harness
-    has checked the range of each number already."""
+    has checked the range of the numbers that it knows."""
 
     def given(*names):
         return " ".join(f"--{name} {getattr(c, name)}" for name in names)
@@ -1602,7 +1602,7 @@ def scoring_windows(length, c):
 @torch.no_grad()
 def stream_nll(p, inputs, c, m, of_all=False):
     """Negative log-likelihood in nats of every token of independent streams, float32 [n_streams, length] on
-    every rank; of_all: of every token that might have come, [n_streams, length, V]. inputs: from Lookup,
+    every rank; of_all: of every token that might come there, [n_streams, length, V]. inputs: from Lookup,
     [n_streams, length, n_inputs(c)]. The first token of a stream has no context and gets 0."""
     n_streams, length, _ = inputs.shape
     phase = phase_schedule(1.0, c)
@@ -1631,7 +1631,7 @@ def stream_nll(p, inputs, c, m, of_all=False):
 
 def token_nll(parts, targets, c):
     """-log p(target) in nats of N tokens, float32 [N], chunk by chunk. parts: LogitParts; targets: [N], or
-    None for all that might come: [N, V]."""
+    None for all V tokens: [N, V]."""
     chunks = []
     for i in range(0, len(parts.h), c.loss_chunk):
         rows = slice(i, i + c.loss_chunk)
@@ -1660,7 +1660,7 @@ def run_nll(folder, inputs, c, m, show=None):
     """NLL of every token under the mean probability of a run's models, with c.online_lr corrected by
     online_nll(), float64 [n_streams, length]. inputs: from Lookup. One model is in memory at a time."""
 
-    def of_tokens(nll):  # one number for each token, from one for every token that might have come
+    def of_tokens(nll):  # one number for each token, from one for every token that might come there
         return np.take_along_axis(nll, inputs[:, :, :1].astype(np.int64), -1)[:, :, 0] if c.online_lr else nll
 
     total = np.inf
@@ -1684,13 +1684,13 @@ def run_nll(folder, inputs, c, m, show=None):
 
 
 MAX_CONTEXT = 3  # tokens of context that a bias in online_nll() has at most
-WEIGHT_LR = 0.025  # the rate of a and b there, times c.online_lr: their gradients are sums over V
+WEIGHT_LR = 0.025  # the rate of a and b, as a multiple of c.online_lr; their gradients are sums over V
 
 
 def online_nll(nll, inputs, c):
     """NLL in nats of the tokens of independent streams under a prediction that learns from each token once it
-    is scored, float64 [n_streams, length]. nll: -log p of every token that might have come, [n_streams,
-    length, V]. inputs: from Lookup.
+    is scored, float64 [n_streams, length]. nll: -log p of every token that might come there, [n_streams,
+    length, V]. inputs: from Lookup. A context's bias takes 8 V bytes until its document ends.
 
     The logits are a * log p + b * log p of the n-grams + the biases of the last 0, 1, 2 and 3 tokens. a,
     which begins at 1, and b are learned over the stream, the biases [V] over a document. After each token,

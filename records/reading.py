@@ -411,7 +411,7 @@ class Alone(NamedTuple):
 
 
 class Without(NamedTuple):
-    """The loss of the members together without what is mixed into their mean after them."""
+    """The loss of the members together, before their mean is mixed with anything or adapts."""
 
     loss: float
 

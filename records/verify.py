@@ -796,7 +796,7 @@ def least_flops(config, vocab_size, tokens_seen):
 def verify_evaluations(expect, log, run):
     """What the log tells of validation before the result is in sight of it."""
     result = run["val_loss"]
-    # Evaluations during training are of the members without what is mixed in.
+    # Evaluations during training are of the members, without what is mixed in and without adaptation.
     alone = log.of(Without)[0].loss if log.of(Without) else result
     last = {}
     for entry in log.of(Eval):
@@ -810,9 +810,9 @@ def verify_evaluations(expect, log, run):
             f"{loss:.4f}",
             f"{alone:.4f} at the end, farther away than evaluations are",
         )
-    # Members alone, on the whole stream: the last line is about all of them. What is mixed in comes after.
+    # Members alone, on the whole stream: the last line is about all. What is mixed in or adapts comes after.
     together = [entry.together for entry in log.of(Alone)]
     if together and len(together) == run["members"] and together[-1] is not None:
-        where = "what it says without something mixed in" if log.of(Without) else "record.json"
+        where = "what it says without mixture or adaptation" if log.of(Without) else "record.json"
         right = same(together[-1], alone, 6)
         expect(right, "loss of all members together", together[-1], f"{alone:.6f} in {where}")

@@ -29,7 +29,12 @@ from reference import (
 pytestmark = pytest.mark.reference
 
 LOOK_UP = dict(recall="1,2", memory="1,2")
-SCORED = {"plain": {}, "look-ups": LOOK_UP, "learning": LOOK_UP | dict(ngrams="1,2", online_lr=0.1)}
+SCORED = {
+    "plain": {},
+    "look-ups": LOOK_UP,
+    "learning": LOOK_UP | dict(ngrams="1,2", online_lr=0.1),
+    "learning, no n-grams": dict(online_lr=0.1),
+}
 
 
 def forward(p, x, c, m, phase, **kwargs):
@@ -898,15 +903,18 @@ def test_of_all_tokens_each_is_what_it_is_alone(exact):
     np.testing.assert_allclose(np.exp(-of_all[:, 1:]).sum(-1), 1, rtol=1e-5)
 
 
-def test_learning_from_the_stream_descends_the_loss():
-    """By autograd, with all parameters and all tokens' contexts as one-hot features, token by token: two
-    weights, and a bias for each context of at most three tokens, which begin anew with each document."""
+@pytest.mark.parametrize("ngrams", ["", "1"])
+@pytest.mark.parametrize("first", [4, 0])  # a document's beginning, or not
+def test_learning_from_the_stream_descends_the_loss(ngrams, first):
+    """By autograd, token by token: two weights, without n-grams one, and a bias for each context of at most
+    three tokens, which begin anew with each document."""
     rng = np.random.default_rng(0)
-    c = config(vocab_size=5, bos_id=4, ngrams="1", online_lr=0.3)
+    c = config(vocab_size=5, bos_id=4, ngrams=ngrams, online_lr=0.3)
     tokens = rng.integers(0, 4, 80)
-    tokens[[0, 25, 26, 60]] = 4
+    tokens[[0, 25, 26, 60]] = first, 4, 4, 4
     counted = rng.integers(0, 5 * t.UNITS_PER_NAT, (80, 5))
-    inputs = np.concatenate([tokens[:, None], counted], axis=1).astype(np.uint16)
+    columns = [tokens[:, None], counted] if ngrams else [tokens[:, None]]
+    inputs = np.concatenate(columns, axis=1).astype(np.uint16)
     log_p = np.log(rng.dirichlet(np.ones(5), 80))
     got = t.online_nll(-log_p[None], inputs[None], c)[0]
 
@@ -917,11 +925,11 @@ def test_learning_from_the_stream_descends_the_loss():
     words = "".join(map(str, tokens))
     assert got[0] == 0
     for i in range(1, 80):
-        begin = words.rindex("4", 0, i)
-        if begin == i - 1:
+        begin = max(0, words.rfind("4", 0, i))
+        if words[i - 1] == "4":
             biases.data.zero_()
         rows = [number[words[i - n : i]] for n in range(4) if i - n >= begin]
-        features = torch.tensor(np.stack([log_p[i], counted[i - 1] / -4096]))
+        features = torch.tensor(np.stack([log_p[i], counted[i - 1] / -4096 if ngrams else np.zeros(5)]))
         loss = -(weights @ features + biases[rows].sum(0)).log_softmax(-1)[tokens[i]]
         assert got[i] == pytest.approx(loss.item(), rel=1e-9), i
         weights.grad = biases.grad = None

@@ -403,8 +403,8 @@ def test_a_run_follows_its_data(tiny_data, finished_run, tmp_path, monkeypatch):
 
 def test_n_grams_are_part_of_the_score(tiny_data, tmp_path):
     """A score knows the training tokens; the loss is that of the network's logits plus the gate times the
-    n-grams' log-probabilities, and training has moved the gate. The members' mean is
-    what learns from the stream."""
+    n-grams' log-probabilities, and training has moved the gate. It is the members' mean that
+    learns from the stream."""
     changes = dict(members=2, ngrams="1,2", online_lr=0.1)
     run = train_tiny(tiny_data, tmp_path / "run", "--steps", 3, **changes)
     score = ("--score", run, "--tokens", tiny_data / "val.bin", "--nll", tmp_path / "nll.npy", *PLAIN)
@@ -1361,6 +1361,7 @@ BAD_OPTIONS = [
     ("--window_pattern SXL", "--window_pattern"),
     ("--dropout 1.0", "--dropout"),
     ("--dropout -0.1", "--dropout"),
+    ("--online_lr -0.1", "--online_lr"),
     ("--warmup 0.5 --warmdown 0.6", "--warmdown"),
     ("--epochs inf", "--epochs"),
     ("--muon_lr fast", "--muon_lr"),
